@@ -1,0 +1,143 @@
+"""The settings: one frozen class per component, one flat namespace of names.
+
+A setting has one name everywhere: `max_model_len` in a TOML file, `MILLRACE_MAX_MODEL_LEN` in the
+environment, `--max-model-len` on the command line. Defaults < file < environment < flags; an unknown name
+is an error in each of them.
+"""
+
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
+
+from millrace.server.errors import ConfigError
+
+ENVIRONMENT_PREFIX = "MILLRACE_"
+# Variables of the same prefix that are no settings: of kernels and of the client.
+OTHER_VARIABLES = frozenset({"MILLRACE_ISA", "MILLRACE_ADDRESS", "MILLRACE_API_KEY"})
+
+BUILTIN = Path(__file__).parent / "model" / "builtin"
+
+
+class Component(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class EngineConfig(Component):
+    """What a worker runs."""
+
+    model: str = Field("builtin", description="checkpoint directory, or 'builtin'")
+    executor: Literal["auto", "reference"] = Field("auto", description="what runs the model")
+    dtype: Literal["auto", "float32"] = Field("auto", description="precision of weights and arithmetic")
+    max_model_len: int | None = Field(
+        None, ge=1, le=1_048_576, description="tokens of prompt and output together (default: the model's)"
+    )
+    max_num_seqs: int = Field(256, ge=1, le=4096, description="sequences that run at once")
+    max_num_batched_tokens: int = Field(512, ge=1, le=65_536, description="tokens of one engine step")
+    kv_cache_memory: ByteSize | None = Field(
+        None, description="memory for the KV cache, such as 2GiB (default: what max-num-seqs can use, at most a "
+        "quarter of the free memory)"
+    )
+    block_size: int | None = Field(None, ge=1, le=1024, description="tokens per KV block (default: the executor's)")
+    max_queued_requests: int = Field(1024, ge=1, description="sequences that wait, at most")
+    max_queued_tokens: int = Field(1_048_576, ge=1, description="prompt tokens that wait, at most")
+    num_threads: int | None = Field(None, ge=1, le=1024, description="compute threads (default: one per core)")
+
+    @property
+    def checkpoint(self) -> Path:
+        """The checkpoint directory; not checked here."""
+        return BUILTIN if self.model == "builtin" else Path(self.model)
+
+
+class SupervisorConfig(Component):
+    """How the gateway looks after its worker."""
+
+    worker: str | None = Field(
+        None, description="address of a worker started elsewhere, unix:PATH or HOST:PORT (default: start one)"
+    )
+    worker_ca: Path | None = Field(None, description="CA of a TCP worker's certificate (PEM)")
+    worker_cert: Path | None = Field(None, description="client certificate for a TCP worker (PEM)")
+    worker_key: Path | None = Field(None, description="key of that certificate (PEM)")
+    worker_start_timeout: float = Field(600, gt=0, description="seconds to load a model")
+    worker_hang_timeout: float = Field(30, gt=0, description="seconds without progress inside a step before a restart")
+
+
+class ServerConfig(Component):
+    """The public port and the policy on it."""
+
+    host: str = Field("127.0.0.1", description="address to listen on; other than loopback needs --api-keys")
+    port: int = Field(50051, ge=0, le=65_535, description="gRPC port, 0 picks a free one")
+    metrics_host: str = Field("127.0.0.1", description="address of /metrics")
+    metrics_port: int | None = Field(9464, ge=0, le=65_535, description="port of /metrics, 0 picks a free one")
+    served_model_name: str | None = Field(None, description="name clients use (default: the directory's name)")
+    api_keys: Path | None = Field(None, description="file of hashed keys, see `millrace keys --help`")
+    tls_cert: Path | None = Field(None, description="server certificate chain (PEM)")
+    tls_key: Path | None = Field(None, description="its key (PEM)")
+    tls_client_ca: Path | None = Field(None, description="require client certificates of this CA (PEM)")
+    allow_plaintext: bool = Field(False, description="listen beyond loopback without TLS, for a mesh that adds it")
+    max_concurrent_requests: int = Field(256, ge=1, description="live requests of one tenant, at most")
+    max_connections: int = Field(2048, ge=1, description="client connections, at most")
+    grace: float = Field(30, ge=0, description="seconds that running streams get after SIGTERM")
+    slow_reader_timeout: float = Field(30, gt=0, description="seconds a write may stand still before the stream ends")
+    log_format: Literal["auto", "json", "console"] = Field("auto", description="auto: console on a terminal")
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class Settings(Component):
+    engine: EngineConfig = EngineConfig()
+    supervisor: SupervisorConfig = SupervisorConfig()
+    server: ServerConfig = ServerConfig()
+
+
+COMPONENTS: dict[str, type[Component]] = {
+    "engine": EngineConfig,
+    "supervisor": SupervisorConfig,
+    "server": ServerConfig,
+}
+OWNER = {name: component for component, cls in COMPONENTS.items() for name in cls.model_fields}
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """Settings of a TOML file: flat `name = value` lines, dashes or underscores in names."""
+    try:
+        text = path.read_bytes().decode()
+        values = tomllib.loads(text)
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"--config {path}: {error}") from error
+    return {name.replace("-", "_"): value for name, value in values.items()}
+
+
+def read_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        name.removeprefix(ENVIRONMENT_PREFIX).lower(): value
+        for name, value in environment.items()
+        if name.startswith(ENVIRONMENT_PREFIX) and name not in OTHER_VARIABLES
+    }
+
+
+def load_settings(
+    flags: Mapping[str, Any], file: Path | None = None, environment: Mapping[str, str] = os.environ
+) -> Settings:
+    """Merge the sources. Flags that are None were not given. Raises ConfigError naming source and setting."""
+    sources = {
+        f"--config {file}": read_file(file) if file else {},
+        "environment": read_environment(environment),
+        "command line": {name: value for name, value in flags.items() if value is not None},
+    }
+    merged: dict[str, dict[str, Any]] = {component: {} for component in COMPONENTS}
+    origin: dict[str, str] = {}
+    for source, values in sources.items():
+        for name, value in values.items():
+            if name not in OWNER:
+                raise ConfigError(f"{source}: there is no setting `{name}`; `millrace serve --help` lists them")
+            merged[OWNER[name]][name] = value
+            origin[name] = source
+    try:
+        return Settings(**{component: cls(**merged[component]) for component, cls in COMPONENTS.items()})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]) if first["loc"] else "settings"
+        raise ConfigError(f"{origin.get(name, 'settings')}: {name}: {first['msg']}, got {first['input']!r}") from None

@@ -1,0 +1,210 @@
+"""Every error that a caller or an operator can meet.
+
+    MillraceError
+    ├── RequestError                 a request cannot be served
+    │   ├── InvalidRequest           FIELD_INVALID: a field is missing, malformed or out of range
+    │   │   ├── PromptTooLong        PROMPT_TOO_LONG
+    │   │   ├── FeatureUnsupported   FEATURE_UNSUPPORTED: this model or backend cannot do it
+    │   │   └── ExceedsKVCapacity    EXCEEDS_KV_CAPACITY: needs more KV blocks than exist
+    │   ├── NotFound                 NOT_FOUND
+    │   │   └── ModelNotFound        MODEL_NOT_FOUND
+    │   ├── RequestIdInUse           REQUEST_ID_IN_USE: a live request of the tenant has this id
+    │   ├── Unauthenticated          UNAUTHENTICATED: no key, or not a valid one
+    │   ├── PermissionDenied         PERMISSION_DENIED: a valid key that may not do this
+    │   ├── Overloaded               OVERLOADED: come back later
+    │   │   ├── QueueFull            QUEUE_FULL
+    │   │   └── QuotaExceeded        QUOTA_EXCEEDED: the tenant's own limit
+    │   ├── Unavailable              UNAVAILABLE: nothing was done; retry
+    │   │   ├── ModelLoading         MODEL_LOADING
+    │   │   ├── Draining             DRAINING
+    │   │   └── EngineRestarting     ENGINE_RESTARTING: the worker died before the first message
+    │   ├── Aborted                  ABORTED: ended after the first message
+    │   │   ├── EngineLost           ENGINE_LOST: the worker died
+    │   │   └── SlowReader           SLOW_READER: the client does not read
+    │   ├── DeadlineExceeded         DEADLINE_EXCEEDED
+    │   └── InternalError            INTERNAL: a bug; the caller sees an incident id, never the text
+    └── StartupError                 the process cannot start: one line that says what to do, exit status 1
+        ├── ConfigError              a flag, a file or a variable is wrong
+        ├── CheckpointError          a model directory cannot be read
+        ├── NotEnoughMemory          weights or KV cache do not fit
+        ├── MissingDependency        an optional package is needed; the text names the install command
+        └── AddressInUse             the port or socket is taken
+
+Plain Python: status numbers live at the edges (`server/api/status.py`), which map `reason`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+
+class MillraceError(Exception):
+    """Base of all. The message is written for the one who can act on it."""
+
+
+@dataclass(frozen=True, slots=True)
+class FieldViolation:
+    """`field` is a path such as `sampling.top_p` or `chat.messages[3].role`."""
+
+    field: str
+    description: str
+
+
+class RequestError(MillraceError):
+    """Carries `reason` (a stable word for machines) and `metadata` (every dynamic value of the message)."""
+
+    reason = "REQUEST_ERROR"
+    retry_after: float | None = None  # seconds; None: retrying does not help, or is the caller's choice
+
+    def __init__(self, message: str, *, metadata: Mapping[str, str] | None = None, retry_after: float | None = None):
+        super().__init__(message)
+        self.message = message
+        self.metadata = dict(metadata or {})
+        if retry_after is not None:
+            self.retry_after = retry_after
+
+
+class InvalidRequest(RequestError):
+    reason = "FIELD_INVALID"
+
+    def __init__(
+        self, message: str, *, violations: Sequence[FieldViolation] = (), metadata: Mapping[str, str] | None = None
+    ):
+        super().__init__(message, metadata=metadata)
+        self.violations = tuple(violations)
+
+    @classmethod
+    def at(cls, field: str, description: str, **metadata: str) -> "InvalidRequest":
+        """An error of one field; works on every subclass."""
+        return cls(
+            f"{field}: {description}", violations=(FieldViolation(field, description),), metadata=metadata
+        )
+
+
+class PromptTooLong(InvalidRequest):
+    reason = "PROMPT_TOO_LONG"
+
+
+class FeatureUnsupported(InvalidRequest):
+    reason = "FEATURE_UNSUPPORTED"
+
+
+class ExceedsKVCapacity(InvalidRequest):
+    reason = "EXCEEDS_KV_CAPACITY"
+
+
+class NotFound(RequestError):
+    reason = "NOT_FOUND"
+
+    def __init__(self, message: str, *, resource_type: str, resource_name: str):
+        super().__init__(message, metadata={"resource_type": resource_type, "resource_name": resource_name})
+        self.resource_type, self.resource_name = resource_type, resource_name
+
+
+class ModelNotFound(NotFound):
+    reason = "MODEL_NOT_FOUND"
+
+
+class RequestIdInUse(RequestError):
+    reason = "REQUEST_ID_IN_USE"
+
+
+class Unauthenticated(RequestError):
+    reason = "UNAUTHENTICATED"
+
+
+class PermissionDenied(RequestError):
+    reason = "PERMISSION_DENIED"
+
+
+class Overloaded(RequestError):
+    reason = "OVERLOADED"
+    retry_after = 1.0
+
+
+class QueueFull(Overloaded):
+    reason = "QUEUE_FULL"
+
+
+class QuotaExceeded(Overloaded):
+    reason = "QUOTA_EXCEEDED"
+
+
+class Unavailable(RequestError):
+    reason = "UNAVAILABLE"
+    retry_after = 0.0
+
+
+class ModelLoading(Unavailable):
+    reason = "MODEL_LOADING"
+    retry_after = 1.0
+
+
+class Draining(Unavailable):
+    reason = "DRAINING"
+
+
+class EngineRestarting(Unavailable):
+    reason = "ENGINE_RESTARTING"
+    retry_after = 1.0
+
+
+class Aborted(RequestError):
+    reason = "ABORTED"
+
+
+class EngineLost(Aborted):
+    reason = "ENGINE_LOST"
+
+
+class SlowReader(Aborted):
+    reason = "SLOW_READER"
+
+
+class DeadlineExceeded(RequestError):
+    reason = "DEADLINE_EXCEEDED"
+
+
+class InternalError(RequestError):
+    reason = "INTERNAL"
+
+
+class StartupError(MillraceError):
+    pass
+
+
+class ConfigError(StartupError):
+    pass
+
+
+class CheckpointError(StartupError):
+    pass
+
+
+class NotEnoughMemory(StartupError):
+    pass
+
+
+class MissingDependency(StartupError):
+    pass
+
+
+class AddressInUse(StartupError):
+    pass
+
+
+def _leaves(cls: type[RequestError]) -> dict[str, type[RequestError]]:
+    found = {cls.reason: cls}
+    for child in cls.__subclasses__():
+        found |= _leaves(child)
+    return found
+
+
+def from_reason(reason: str, message: str, metadata: Mapping[str, str] | None = None) -> RequestError:
+    """Rebuild an error that crossed the engine link; an unknown reason is an InternalError."""
+    cls = _leaves(RequestError).get(reason, InternalError)
+    if issubclass(cls, NotFound):
+        known = metadata or {}
+        return cls(
+            message, resource_type=known.get("resource_type", ""), resource_name=known.get("resource_name", "")
+        )
+    return cls(message, metadata=metadata)
