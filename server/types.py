@@ -62,7 +62,7 @@ class Sampling:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     seed: int = 0
-    logit_bias: Mapping[int, float] = EMPTY
+    logit_bias: Mapping[int, float] = field(default_factory=lambda: EMPTY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ class SamplingParams:
     repetition_penalty: float | None = None
     seed: int | None = None
     n: int = 1
-    logit_bias: Mapping[int, float] = EMPTY
+    logit_bias: Mapping[int, float] = field(default_factory=lambda: EMPTY)
 
 
 @dataclass(frozen=True, slots=True)
