@@ -1,0 +1,138 @@
+"""A checkpoint directory: what its files say, checked before anything large is read.
+
+Nothing of a directory is ever executed. Files may be links (the Hugging Face cache links to its blobs), but
+shards are named by plain file names.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from millrace.server.errors import CheckpointError
+from millrace.server.model.fields import Fields, read_object
+from millrace.server.model.registry import model_spec
+from millrace.server.model.safetensors import SafetensorsFile
+from millrace.server.model.spec import ModelSpec
+from millrace.server.types import Sampling
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SAMPLES, SAMPLE_BYTES = 256, 4096
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationDefaults:
+    """What `generation_config.json` recommends; its own defaults where there is no such file."""
+
+    sampling: Sampling
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """An opened directory. `shards` maps each tensor name to the file that holds it."""
+
+    directory: Path
+    config: Fields
+    spec: ModelSpec
+    generation: GenerationDefaults
+    shards: Mapping[str, SafetensorsFile]
+
+    @classmethod
+    def open(cls, directory: Path) -> "Checkpoint":
+        """Read everything but the weights. Raises CheckpointError, one line naming file and fault."""
+        config = read_config(directory)
+        spec = model_spec(config)
+        return cls(directory, config, spec, read_generation(directory, config), _find_shards(directory))
+
+    def fingerprint(self, executor: str, precision: str) -> str:
+        """Name what is computed: workers of equal fingerprint give equal results.
+
+        SHA-256 over `config.json`, each file's size, header and 256 evenly spaced samples of 4 KiB, the
+        executor, the precision and the version of this package. Samples, so that it takes no second pass
+        over the weights: it tells checkpoints apart, it does not defend against forgery.
+        """
+        digest = hashlib.sha256(f"{executor}\0{precision}\0{_package_version()}\0".encode())
+        digest.update((self.directory / "config.json").read_bytes())
+        files = {file.path.name: file for file in self.shards.values()}
+        for _, file in sorted(files.items()):
+            digest.update(f"{file.size}\0".encode())
+            with file.path.open("rb") as stream:
+                digest.update(stream.read(file.data_start))
+                for index in range(SAMPLES):
+                    stream.seek(file.data_start + (file.size - file.data_start) * index // SAMPLES)
+                    digest.update(stream.read(SAMPLE_BYTES))
+        return digest.hexdigest()
+
+
+def read_config(directory: Path) -> Fields:
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: there is no such checkpoint directory; --model takes one, or 'builtin'")
+    path = directory / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{path}: is missing; a checkpoint directory holds one")
+    return read_object(path)
+
+
+def read_generation(directory: Path, config: Fields) -> GenerationDefaults:
+    """Read `generation_config.json`; token ids that it lacks come from `config.json`.
+
+    `do_sample` of false means greedy; where it is missing the other values stand.
+    """
+    path = directory / "generation_config.json"
+    given = read_object(path) if path.is_file() else Fields({}, str(path))
+    last = config.integer("vocab_size", 1, 1 << 24) - 1
+    tokens = {name: given if name in given else config for name in ("bos_token_id", "eos_token_id")}
+    bos = tokens["bos_token_id"].integers("bos_token_id", 0, last)
+    greedy = not given.flag("do_sample", True)
+    sampling = Sampling(
+        temperature=0.0 if greedy else given.number("temperature", 0, 100, 1.0),
+        top_p=given.number("top_p", 0, 1, 1.0),
+        top_k=given.integer("top_k", 0, 1 << 24, 0),
+        min_p=given.number("min_p", 0, 1, 0.0),
+        repetition_penalty=given.number("repetition_penalty", 1e-3, 1e3, 1.0),
+    )
+    return GenerationDefaults(
+        sampling=sampling,
+        bos_token_id=bos[0] if bos else None,
+        eos_token_ids=tuple(tokens["eos_token_id"].integers("eos_token_id", 0, last)),
+    )
+
+
+def _find_shards(directory: Path) -> dict[str, SafetensorsFile]:
+    single, index = directory / SINGLE, directory / INDEX
+    if single.is_file():
+        file = SafetensorsFile.open(single)
+        return dict.fromkeys(file.tensors, file)
+    if index.is_file():
+        return _read_index(directory, read_object(index))
+    other = next((path.name for path in sorted(directory.glob("*.bin")) + sorted(directory.glob("*.pth"))), None)
+    hint = f"; {other} is a format that can run code: save the model again as safetensors" if other else ""
+    raise CheckpointError(f"{directory}: holds neither {SINGLE} nor {INDEX}{hint}")
+
+
+def _read_index(directory: Path, index: Fields) -> dict[str, SafetensorsFile]:
+    names = index.section("weight_map")
+    files: dict[str, SafetensorsFile] = {}
+    shards: dict[str, SafetensorsFile] = {}
+    for tensor in names.values:
+        name = names.string(tensor)
+        if name not in files:
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise names.error(tensor, f"names {name!r}, which is no safetensors file beside the index")
+            if not (directory / name).is_file():
+                raise CheckpointError(f"{directory / name}: this shard is missing; the index names it")
+            files[name] = SafetensorsFile.open(directory / name)
+        if tensor not in files[name].tensors:
+            raise CheckpointError(f"{directory / name}: tensor {tensor} is missing; the index says it is here")
+        shards[tensor] = files[name]
+    return shards
+
+
+def _package_version() -> str:
+    try:
+        return version("millrace")
+    except PackageNotFoundError:  # run from a source tree
+        return "source"

@@ -1,0 +1,81 @@
+"""Settles what a configuration leaves open, and whether it fits into memory, before anything is allocated."""
+
+from dataclasses import dataclass
+
+from millrace.server.config import EngineConfig
+from millrace.server.errors import ConfigError, NotEnoughMemory
+from millrace.server.model.executors.base import KVLayout
+from millrace.server.model.memory import available_memory
+from millrace.server.model.spec import ModelSpec
+
+REFERENCE_BLOCK_SIZE = 16
+FLOAT_BYTES = 4
+MIB = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    executor: str
+    dtype: str
+    max_model_len: int
+    layout: KVLayout
+
+
+def make_plan(config: EngineConfig, spec: ModelSpec, available: int | None = None) -> Plan:
+    """`available`: bytes of memory, by default what this process can still get.
+
+    Raises ConfigError for settings that contradict the model or each other, NotEnoughMemory for what does not
+    fit; both say which setting to change.
+    """
+    available = available_memory() if available is None else available
+    max_model_len = config.max_model_len or spec.context
+    if max_model_len > spec.context:
+        raise ConfigError(f"--max-model-len {max_model_len}: the positions of this model end at {spec.context}")
+    block_size = config.block_size or REFERENCE_BLOCK_SIZE
+    block_bytes = spec.kv_floats_per_token * block_size * FLOAT_BYTES
+    needed = -(-max_model_len // block_size)  # blocks of one sequence of full length
+    fixed = fixed_bytes(spec, config.max_num_batched_tokens, config.max_num_seqs, max_model_len)
+    if fixed > available:
+        raise NotEnoughMemory(
+            f"weights and working memory of {spec.architecture} take {_mib(fixed)}, {_mib(available)} are free: "
+            f"free some, lower --max-num-batched-tokens or serve a smaller --model"
+        )
+    if config.kv_cache_memory is None:
+        blocks = _default_blocks(needed, config.max_num_seqs, (available - fixed) // block_bytes)
+    else:
+        blocks = int(config.kv_cache_memory) // block_bytes
+        if blocks < needed:
+            raise ConfigError(
+                f"--kv-cache-memory {_mib(config.kv_cache_memory)} holds {blocks * block_size} tokens: "
+                f"raise it to {_mib(needed * block_bytes)} or set --max-model-len to at most {blocks * block_size}"
+            )
+    if fixed + blocks * block_bytes > available:
+        raise NotEnoughMemory(
+            f"the KV cache takes {_mib(blocks * block_bytes)} beside {_mib(fixed)} of weights and working memory, "
+            f"{_mib(available)} are free: {_remedy(config, (available - fixed) // block_bytes * block_size)}"
+        )
+    return Plan("reference", "float32", max_model_len, KVLayout(block_size, blocks, block_bytes))
+
+
+def fixed_bytes(spec: ModelSpec, tokens: int, sequences: int, context: int) -> int:
+    """Memory of everything but the KV cache: weights, the widest arrays of a step, and 64 MiB for the rest."""
+    widest = max(layer.mlp.size * 3 for layer in spec.layers)
+    attention = max(layer.attention.heads for layer in spec.layers) * context * 3
+    step = tokens * (spec.hidden_size * 6 + widest + attention) + min(sequences, tokens) * spec.vocab_size * 3
+    return (spec.parameters + step) * FLOAT_BYTES + 64 * MIB
+
+
+def _default_blocks(needed: int, sequences: int, fitting: int) -> int:
+    """Room for all sequences at full length, in at most a quarter of what fits, unless one of them needs more."""
+    return min(sequences * needed, max(fitting // 4, needed))
+
+
+def _remedy(config: EngineConfig, fitting_tokens: int) -> str:
+    if config.kv_cache_memory is not None:
+        return "lower --kv-cache-memory"
+    return f"set --max-model-len to at most {fitting_tokens}" if fitting_tokens else "serve a smaller --model"
+
+
+def _mib(size: int) -> str:
+    """As a setting takes it, rounded up."""
+    return f"{-(-size // MIB)}MiB"

@@ -1,0 +1,120 @@
+"""The executor that defines the others: float32 PyTorch, clear before fast, steps run when they are submitted."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from millrace.kernels.sampling import sample
+from millrace.server.errors import FeatureUnsupported
+from millrace.server.model.executors.base import Batch, Float32, Int32, KVLayout, Output, StepResult, Ticket
+from millrace.server.model.executors.draws import Draws, Sampled, accept_draws, plan_draws
+from millrace.server.model.executors.reference_model import ReferenceModel
+from millrace.server.model.spec import ModelSpec, Weight
+
+
+class ReferenceExecutor:
+    """Implements `Executor`. A step is computed inside `submit`; its result waits until it is collected."""
+
+    def __init__(self, spec: ModelSpec, weights: Iterable[tuple[Weight, Float32]], layout: KVLayout):
+        self.model = ReferenceModel(spec, weights, layout)
+        self._layout = layout
+        self._results: dict[Ticket, StepResult] = {}
+        self._last_ticket: Ticket = 0
+
+    @property
+    def kv_layout(self) -> KVLayout:
+        return self._layout
+
+    @property
+    def progress(self) -> int:
+        return self.model.progress
+
+    @torch.inference_mode()
+    def submit(self, batch: Batch) -> Ticket:
+        token_ids, errors = self._fill_placeholders(batch)
+        if (batch.adapters >= 0).any():
+            raise ValueError("a row names an adapter; none was loaded")
+        if not all(mask.is_ready for mask in batch.masks):
+            raise ValueError("a token mask is not ready; this executor draws at submission")
+        hidden = self.model.forward(batch, torch.from_numpy(token_ids).long().clamp(min=0))
+        pooled = self._pool(batch, hidden, errors)
+        draws = plan_draws(batch, token_ids)
+        result = accept_draws(batch, draws, self._draw(draws, hidden), pooled, errors)
+        self._last_ticket += 1
+        self._results[self._last_ticket] = result
+        return self._last_ticket
+
+    def collect(self, ticket: Ticket) -> StepResult:
+        if ticket != next(iter(self._results), None):
+            raise ValueError(f"ticket {ticket} is not the oldest one to collect")
+        return self._results.pop(ticket)
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        for source, target in pairs:
+            for blocks in self._blocks():
+                blocks[:, target] = blocks[:, source]
+
+    def export_blocks(self, blocks: Sequence[int]) -> bytes:
+        """Block after block, in each layer after layer: keys, then values."""
+        index = torch.tensor(blocks, dtype=torch.int64)
+        parts = [layer[:, index].transpose(0, 1).reshape(len(index), -1) for layer in self._blocks()]
+        return torch.cat(parts, 1).numpy().tobytes()
+
+    def import_blocks(self, blocks: Sequence[int], data: bytes) -> None:
+        expected = len(blocks) * self._layout.bytes_per_block
+        if len(data) != expected:
+            raise ValueError(f"{len(blocks)} blocks take {expected} bytes, not {len(data)}")
+        index = torch.tensor(blocks, dtype=torch.int64)
+        values = torch.from_numpy(np.frombuffer(data, np.float32).reshape(len(blocks), -1).copy())
+        begin = 0
+        for layer in self._blocks():
+            end = begin + layer[:, 0].numel()
+            layer[:, index] = values[:, begin:end].reshape(len(blocks), 2, *layer.shape[2:]).transpose(0, 1)
+            begin = end
+
+    def load_adapter(self, path: str) -> int:
+        raise FeatureUnsupported("the reference executor runs no adapters")
+
+    def close(self) -> None:
+        self.model.release()
+        self._results.clear()
+
+    def _blocks(self) -> Iterable[Tensor]:
+        """Each layer's cache as [2, blocks, block size, kv heads, head dim]."""
+        size = self._layout.block_size
+        return (cache.view(2, -1, size, *cache.shape[2:]) for cache in self.model.cache)
+
+    def _fill_placeholders(self, batch: Batch) -> tuple[Int32, dict[int, str]]:
+        """Token ids with every placeholder filled in, and the rows that cannot go on."""
+        token_ids, errors = batch.token_ids.copy(), {}
+        for placeholder in batch.placeholders:
+            result = self._results.get(placeholder.ticket)
+            if result is None:
+                raise ValueError(f"a placeholder names ticket {placeholder.ticket}, which does not wait")
+            begin, end = result.offsets[placeholder.row : placeholder.row + 2]
+            if begin < end:
+                token_ids[placeholder.index] = result.token_ids[end - 1]
+            else:
+                row = int(np.searchsorted(batch.offsets, placeholder.index, "right")) - 1
+                errors[row] = result.errors.get(placeholder.row, "the row that it continues sampled nothing")
+        return token_ids, errors
+
+    def _pool(self, batch: Batch, hidden: Tensor, errors: dict[int, str]) -> dict[int, Float32]:
+        """The last hidden state of each POOLED row after the final norm; rows with a NaN go to `errors`."""
+        pooled = {}
+        for row in np.flatnonzero(batch.outputs == Output.POOLED):
+            last = int(batch.offsets[row + 1]) - 1
+            vector = self.model.finish(hidden[last : last + 1])[0]
+            if vector.isfinite().all():
+                pooled[int(row)] = vector.numpy()
+            else:
+                errors.setdefault(int(row), "the model computed a hidden state that is not finite")
+        return pooled
+
+    def _draw(self, draws: Draws, hidden: Tensor) -> Sampled:
+        logits = self.model.logits(hidden[torch.from_numpy(draws.tokens).long()])
+        columns = {field.name: getattr(draws.sampling, field.name) for field in fields(draws.sampling)}
+        return sample(logits.numpy(), **columns, masks=draws.masks)

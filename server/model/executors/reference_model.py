@@ -1,0 +1,177 @@
+"""The network of a `ModelSpec` in float32 PyTorch over a paged KV cache: the definition of every executor.
+
+A token's result must not depend on what else is in the step: attention runs row by row over the row's own
+keys and values, and matrices are multiplied with at least `MIN_ROWS` rows, because the BLAS takes other
+kernels, with other roundings, for fewer.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from millrace.server.model.executors.base import Batch, Float32, KVLayout
+from millrace.server.model.rotary import frequencies
+from millrace.server.model.spec import AttentionSpec, LayerSpec, MLPSpec, ModelSpec, NormSpec, RotarySpec, Weight
+
+MIN_ROWS, SPAN = 8, 128
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+Roles = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What tokens begin:end of the step may see: one row of the batch."""
+
+    begin: int
+    end: int
+    slots: Tensor  # int64 [keys], where the keys and values lie
+    hidden: Tensor  # bool [tokens, keys], what a token must not see
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What all layers share."""
+
+    slots: Tensor  # int64 [tokens], where keys and values of the step go
+    turns: Mapping[RotarySpec, tuple[Tensor, Tensor]]  # cosine and sine, [tokens, 1, dim / 2]
+    views: Mapping[int | None, list[View]]  # by window, then by row
+
+
+class ReferenceModel:
+    """Weights and KV cache. `progress` counts layers completed."""
+
+    def __init__(self, spec: ModelSpec, weights: Iterable[tuple[Weight, Float32]], layout: KVLayout):
+        self.spec, self.progress, self.block_size = spec, 0, layout.block_size
+        arrays = {weight.name: torch.from_numpy(values) for weight, values in weights}
+        self.outer = {weight.role: arrays[weight.name] for weight in spec.weights}
+        self.layers = [{weight.role: arrays[weight.name] for weight in layer.weights} for layer in spec.layers]
+        slots = layout.num_blocks * layout.block_size
+        # Each layer: keys and values [2, slots, kv heads, head dim]. NumPy's zeros take no memory until written.
+        self.cache = [
+            torch.from_numpy(np.zeros((2, slots, layer.attention.kv_heads, layer.attention.head_dim), np.float32))
+            for layer in spec.layers
+        ]
+        self.frequencies = {layer.attention.position: frequencies(layer.attention.position) for layer in spec.layers}
+
+    def forward(self, batch: Batch, token_ids: Tensor) -> Tensor:
+        """Run all layers, store keys and values, and return float32 [tokens, hidden] before the final norm."""
+        x = F.embedding(token_ids, self.outer["embedding"])
+        for index, vector in batch.embeddings.items():
+            x[index] = torch.from_numpy(vector)
+        step = self._plan(batch)
+        for layer, weights, cache in zip(self.spec.layers, self.layers, self.cache, strict=True):
+            x = run_layer(layer, weights, cache, x, step)
+            self.progress += 1
+        return x
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """The final norm."""
+        return rms_norm(hidden, self.outer["final_norm"], self.spec.final_norm)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 [rows, vocabulary] of hidden states before the final norm."""
+        head = self.outer["embedding" if self.spec.tied else "head"]
+        return linear(self.finish(hidden), head)
+
+    def release(self) -> None:
+        """Free weights and cache; nothing runs after."""
+        self.outer, self.layers, self.cache = {}, [], []
+
+    def _plan(self, batch: Batch) -> Step:
+        positions = torch.from_numpy(batch.positions).float()
+        turns = {}
+        for rotary, (radians, scale) in self.frequencies.items():
+            angles = (positions[:, None] * torch.from_numpy(radians))[:, None]
+            turns[rotary] = (angles.cos() * scale, angles.sin() * scale)
+        windows = {layer.attention.window for layer in self.spec.layers}
+        rows = range(len(batch.outputs))
+        views = {window: [view(batch, row, window, self.block_size) for row in rows] for window in windows}
+        return Step(torch.from_numpy(batch.slots).long(), turns, views)
+
+
+def view(batch: Batch, row: int, window: int | None, block_size: int) -> View:
+    """The keys begin and end at multiples of SPAN, hidden ones standing in for those that are not there."""
+    begin, end = int(batch.offsets[row]), int(batch.offsets[row + 1])
+    positions = batch.positions[begin:end, None]
+    first = 0 if window is None else max(int(positions[0, 0]) - window + 1, 0)
+    context = int(batch.context_lens[row])
+    keys = np.arange(first // SPAN * SPAN, -(-context // SPAN) * SPAN)
+    hidden = (keys > positions) | (keys < (first if window is None else positions - window + 1))
+    own = np.where((keys < first) | (keys >= context), context - 1, keys)
+    slots = batch.block_tables[row, own // block_size].astype(np.int64) * block_size + own % block_size
+    return View(begin, end, torch.from_numpy(slots), torch.from_numpy(hidden))
+
+
+def run_layer(layer: LayerSpec, weights: Roles, cache: Tensor, x: Tensor, step: Step) -> Tensor:
+    """Pre-norm attention, then pre-norm MLP, each added to its input: float32 [tokens, hidden]."""
+    normed = rms_norm(x, weights["attention_norm"], layer.norm)
+    x = x + attention(layer.attention, layer.norm, weights, cache, normed, step)
+    return x + mlp(layer.mlp, weights, rms_norm(x, weights["mlp_norm"], layer.norm))
+
+
+def rms_norm(x: Tensor, weight: Tensor, norm: NormSpec) -> Tensor:
+    """Zhang and Sennrich 2019, arXiv:1910.07467, over the last dimension."""
+    return weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps))
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [rows, in] times weight [out, in] transposed."""
+    return F.linear(pad_rows(x), weight, bias)[: len(x)]
+
+
+def pad_rows(x: Tensor) -> Tensor:
+    """Add rows of zeros to [..., rows, columns] where there are fewer than MIN_ROWS."""
+    return F.pad(x, (0, 0, 0, max(MIN_ROWS - x.shape[-2], 0)))
+
+
+def attention(spec: AttentionSpec, norm: NormSpec, weights: Roles, cache: Tensor, x: Tensor, step: Step) -> Tensor:
+    """Store keys and values of the step's tokens, then let each token see what it may: [tokens, hidden]."""
+
+    def heads(role: str, count: int) -> Tensor:
+        y = linear(x, weights[role], weights.get(f"{role}_bias")).view(-1, count, spec.head_dim)
+        return rms_norm(y, weights[f"{role}_norm"], norm) if f"{role}_norm" in weights else y
+
+    turns = step.turns[spec.position]
+    q = rotate(heads("q", spec.heads), *turns)
+    cache[0, step.slots] = rotate(heads("k", spec.kv_heads), *turns)
+    cache[1, step.slots] = heads("v", spec.kv_heads)
+    out = torch.empty(len(x), spec.heads * spec.head_dim)
+    for row in step.views[spec.window]:
+        keys, values = cache[:, row.slots]
+        out[row.begin : row.end] = attend(spec, q[row.begin : row.end], keys, values, row.hidden)
+    return linear(out, weights["o"], weights.get("o_bias"))
+
+
+def attend(spec: AttentionSpec, q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor) -> Tensor:
+    """Grouped-query attention of one row.
+
+    q [n, heads, dim], keys and values [m, kv heads, dim], hidden [n, m] -> [n, heads x dim].
+    """
+    n, groups, spans = len(q), spec.heads // spec.kv_heads, len(keys) // SPAN
+    q = q.view(n, spec.kv_heads, groups, -1).permute(1, 2, 0, 3).reshape(spec.kv_heads, groups * n, -1)
+    scores = pad_rows(q) @ keys.permute(1, 2, 0) * spec.scale
+    scores[:, : groups * n].masked_fill_(hidden.repeat(groups, 1), -torch.inf)
+    parts = scores.softmax(-1).unflatten(-1, (spans, SPAN)).transpose(1, 2)
+    mixed = (parts @ values.view(spans, SPAN, spec.kv_heads, -1).permute(2, 0, 1, 3)).sum(1)
+    return mixed[:, : groups * n].reshape(spec.heads, n, -1).transpose(0, 1).reshape(n, -1)
+
+
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Turn [tokens, heads, dim]: element i of the first half with element i of the second."""
+    first, second = x.chunk(2, -1)
+    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), -1)
+
+
+def mlp(spec: MLPSpec, weights: Roles, x: Tensor) -> Tensor:
+    gate = ACTIVATIONS[spec.activation](linear(x, weights["gate"], weights.get("gate_bias")))
+    return linear(gate * linear(x, weights["up"], weights.get("up_bias")), weights["down"], weights.get("down_bias"))
