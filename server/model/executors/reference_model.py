@@ -1,12 +1,14 @@
 """The network of a `ModelSpec` in float32 PyTorch over a paged KV cache: the definition of every executor.
 
 A token's result must not depend on what else is in the step: attention runs row by row over the row's own
-keys and values, and matrices are multiplied with at least `MIN_ROWS` rows, because the BLAS takes other
-kernels, with other roundings, for fewer.
+keys and values, in parts of `SPAN` positions that begin at multiples of it, and matrices are multiplied with
+at least `MIN_ROWS` rows, because the BLAS takes other kernels, with other roundings, for fewer.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 import torch
@@ -19,10 +21,11 @@ from millrace.server.model.spec import AttentionSpec, LayerSpec, MLPSpec, ModelS
 
 MIN_ROWS, SPAN = 8, 128
 
+# Written out where PyTorch's fused forms round the last elements of an array differently from the rest.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
+    "silu": lambda x: x / (1 + torch.exp(-x)),
     "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_tanh": lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
     "relu": F.relu,
 }
 Roles = Mapping[str, Tensor]
@@ -161,8 +164,9 @@ def attend(spec: AttentionSpec, q: Tensor, keys: Tensor, values: Tensor, hidden:
     q = q.view(n, spec.kv_heads, groups, -1).permute(1, 2, 0, 3).reshape(spec.kv_heads, groups * n, -1)
     scores = pad_rows(q) @ keys.permute(1, 2, 0) * spec.scale
     scores[:, : groups * n].masked_fill_(hidden.repeat(groups, 1), -torch.inf)
-    parts = scores.softmax(-1).unflatten(-1, (spans, SPAN)).transpose(1, 2)
-    mixed = (parts @ values.view(spans, SPAN, spec.kv_heads, -1).permute(2, 0, 1, 3)).sum(1)
+    parts = scores.softmax(-1).view(spec.kv_heads, -1, spans, SPAN).transpose(1, 2)
+    mixed = torch.matmul(parts, values.view(spans, SPAN, spec.kv_heads, -1).permute(2, 0, 1, 3))
+    mixed = reduce(torch.add, mixed.unbind(1))  # in order, which `sum` does not promise
     return mixed[:, : groups * n].reshape(spec.heads, n, -1).transpose(0, 1).reshape(n, -1)
 
 
