@@ -4,6 +4,7 @@
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -44,10 +45,18 @@ class GenerateStubs(Command):
         googleapis = Path(next(iter(google.rpc.__path__))).parent.parent
         sources = sorted(str(p.relative_to(HERE / "proto")) for p in (HERE / "proto").rglob("*.proto"))
         out = HERE / "proto"
+        self.remove_stale(out)
         flags = [f"--{kind}={out}" for kind in ("python_out", "pyi_out", "grpc_python_out")]
         includes = [f"-I{HERE / 'proto'}", f"-I{well_known}", f"-I{googleapis}"]
         if protoc.main(["protoc", *includes, *flags, *sources]) != 0:
             raise SystemExit("setup.py: protoc failed; its message is above")
+
+    @staticmethod
+    def remove_stale(out: Path) -> None:
+        """Stubs whose source is gone would otherwise live on in every later wheel."""
+        for stub in out.rglob("*_pb2*.py*"):
+            if not stub.with_name(stub.name.split("_pb2")[0] + ".proto").exists():
+                stub.unlink()
 
     def get_source_files(self) -> list[str]:
         return sorted(str(p.relative_to(HERE)) for p in (HERE / "proto").rglob("*.proto"))
@@ -69,15 +78,16 @@ class CMakeBuild(build_ext):
     def build_extensions(self) -> None:
         import pybind11
 
-        for tool in ("cmake", "ninja"):
-            self.require(tool)
+        cmake, ninja = self.find("cmake"), self.find("ninja")
         suffix = sysconfig.get_config_var("EXT_SUFFIX")
         output = Path(self.build_lib).resolve() / "millrace"
         work = Path(self.build_temp).resolve()
         work.mkdir(parents=True, exist_ok=True)
         configure = [
-            "cmake", "-S", str(HERE), "-B", str(work), "-G", "Ninja",
+            cmake, "-S", str(HERE), "-B", str(work), "-G", "Ninja",
             "-DCMAKE_BUILD_TYPE=Release",
+            # Said every time: an isolated build's ninja is gone by the next build, the cache remembers it.
+            f"-DCMAKE_MAKE_PROGRAM={ninja}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DMILLRACE_OUTPUT_DIR={output}",
@@ -86,7 +96,7 @@ class CMakeBuild(build_ext):
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count() or 1))
         try:
             subprocess.run(configure, check=True)
-            subprocess.run(["cmake", "--build", str(work), "-j", jobs], check=True)
+            subprocess.run([cmake, "--build", str(work), "-j", jobs], check=True)
         except subprocess.CalledProcessError as error:
             raise SystemExit(
                 "setup.py: the native build failed; its message is above. "
@@ -94,11 +104,13 @@ class CMakeBuild(build_ext):
             ) from error
 
     @staticmethod
-    def require(tool: str) -> None:
-        from shutil import which
-
-        if which(tool) is None:
+    def find(tool: str) -> str:
+        """The environment's own tool before the system's, also when the environment is not activated."""
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+        found = shutil.which(tool, path=path)
+        if found is None:
             raise SystemExit(f"setup.py: `{tool}` is missing: pip install {tool}")
+        return found
 
 
 packages = [
