@@ -1,0 +1,156 @@
+"""From the tokens of a backend to the deltas of a client: text, stops, alignment, splitting."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import zip_longest
+
+from millrace.server.errors import InternalError
+from millrace.server.text.stream import Emitted, TextStream
+from millrace.server.text.tokenizer import Tokenizer
+from millrace.server.types import (
+    ChoiceDelta,
+    Deltas,
+    Finish,
+    FinishReason,
+    GenerateRequest,
+    Logprobs,
+    OutputOptions,
+    TokenDelta,
+    Usage,
+)
+
+RAN_OUT = (FinishReason.MAX_TOKENS, FinishReason.CONTEXT_LENGTH)
+
+
+class Choice:
+    """One answer on its way out.
+
+    A token waits here until its text may go out; `sent` tokens have. What follows a stop never goes out.
+    """
+
+    def __init__(self, index: int, text: TextStream | None, request: GenerateRequest, ran_out: FinishReason):
+        self.index, self._text, self._ran_out = index, text, ran_out
+        self._output: OutputOptions = request.output
+        self._include_stop = request.stopping.include_stop
+        self._held_ids: list[int] = []
+        self._held_logprobs = Logprobs(request.output.logprobs_top_n or 0)
+        self.received = 0
+        self.sent = 0
+        self.finish: Finish | None = None
+
+    def push(self, news: TokenDelta) -> list[ChoiceDelta]:
+        """Return what may go out now, in pieces of at most `max_tokens_per_message` tokens."""
+        self.received += len(news.token_ids)
+        ids, finish = news.token_ids, news.finish
+        if news.logprobs:
+            self._held_logprobs.extend(news.logprobs)
+        if finish and finish.stop_token_id is not None and not self._include_stop:
+            ids = ids[:-1]
+        if finish and finish.reason in RAN_OUT:
+            finish = replace(finish, reason=self._ran_out)
+        self._held_ids += ids
+        deltas: list[ChoiceDelta] = []
+        step = self._output.max_tokens_per_message or max(len(ids), 1)
+        for start in range(0, len(ids), step):
+            piece = ids[start : start + step]
+            deltas += self._release(self._text.push(piece) if self._text else Emitted("", len(piece), None))
+            if self.finish:
+                return deltas
+        return deltas + self.end(finish) if finish else deltas
+
+    def end(self, finish: Finish) -> list[ChoiceDelta]:
+        """Release everything that is held and finish."""
+        return self._release(self._text.finish() if self._text else Emitted("", len(self._held_ids), None), finish)
+
+    def _release(self, emitted: Emitted, finish: Finish | None = None) -> list[ChoiceDelta]:
+        if emitted.stop_string is not None:
+            finish = Finish(FinishReason.STOP_SEQUENCE, stop_string=emitted.stop_string)
+        self.finish = finish
+        left, step = emitted.tokens, self._output.max_tokens_per_message or max(emitted.tokens, 1)
+        deltas: list[ChoiceDelta] = []
+        while left > step:
+            deltas += self._delta(step)
+            left -= step
+        return deltas + self._delta(left, emitted.text, finish)
+
+    def _delta(self, count: int, text: str = "", finish: Finish | None = None) -> list[ChoiceDelta]:
+        """The next `count` tokens; nothing if there is nothing in them that the client wants."""
+        ids = self._held_ids[:count]
+        del self._held_ids[:count]
+        delta = ChoiceDelta(
+            self.index,
+            text=text if self._output.text else "",
+            token_ids=ids if self._output.token_ids else [],
+            logprobs=self._held_logprobs.take(count) if self._output.logprobs_top_n is not None else None,
+            finish=finish,
+            token_offset=self.sent,
+        )
+        self.sent += count
+        wanted = delta.text or delta.token_ids or (delta.logprobs and count) or finish
+        return [delta] if wanted else []
+
+
+class Choices:
+    """All the answers of one request, and what they have used. `stop` ends one at the backend."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        request: GenerateRequest,
+        prompt_tokens: int,
+        ran_out: FinishReason,
+        stop: Callable[[int], None],
+    ):
+        stops = request.stopping.stop_strings
+        texts = (
+            TextStream(tokenizer, stops, request.stopping.include_stop) if request.output.text or stops else None
+            for _ in range(request.sampling.n)
+        )
+        self._choices = [Choice(index, text, request, ran_out) for index, text in enumerate(texts)]
+        self._stop = stop
+        self._continuous_usage = request.output.continuous_usage
+        self._prompt_tokens = prompt_tokens
+        self._cached_prompt_tokens = 0
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(self._prompt_tokens, self._cached_prompt_tokens, sum(choice.sent for choice in self._choices))
+
+    @property
+    def surplus_tokens(self) -> int:
+        """Tokens that were computed and neither sent nor billed: stop tokens, stop strings and what follows."""
+        return sum(choice.received - choice.sent for choice in self._choices if choice.finish)
+
+    @property
+    def running(self) -> list[int]:
+        return [choice.index for choice in self._choices if not choice.finish]
+
+    @property
+    def finishes(self) -> list[Finish]:
+        return [choice.finish for choice in self._choices if choice.finish]
+
+    def push(self, news: Sequence[TokenDelta]) -> Iterator[Deltas]:
+        """Return messages for what is new, every choice that advanced in the same one."""
+        columns = []
+        for delta in news:
+            self._cached_prompt_tokens = max(self._cached_prompt_tokens, delta.cached_prompt_tokens)
+            choice = self._choices[delta.choice]
+            if not choice.finish:
+                columns.append(choice.push(delta))
+                if choice.finish and not delta.finish:
+                    self._stop(choice.index)
+        return self._messages(columns)
+
+    def end(self, finish: Finish) -> Iterator[Deltas]:
+        """Finish every choice that still runs."""
+        return self._messages([self._choices[index].end(finish) for index in self.running])
+
+    def check(self) -> None:
+        """Raise InternalError if a choice still runs."""
+        if self.running:
+            raise InternalError("the backend ended a stream whose choices have not finished")
+
+    def _messages(self, columns: list[list[ChoiceDelta]]) -> Iterator[Deltas]:
+        for row in zip_longest(*columns):
+            choices = [delta for delta in row if delta]
+            yield Deltas(choices, self.usage if self._continuous_usage else None)
