@@ -1,0 +1,227 @@
+"""Packs planned rows into the arrays of a `Batch`.
+
+What a step needs of a running sequence lies in columns, one lane each: its tokens, its blocks, its sampling
+parameters. They change by what is new (an arrival, a token, a block), and compiled loops gather them into
+the arrays of a step, so a step costs its own tokens and not those of the contexts behind them.
+"""
+
+from array import array
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from millrace.server.engine.scheduler import Row
+from millrace.server.engine.sequence import Sequence, SequenceRequest
+from millrace.server.model.executors.base import Batch, Float32, Int32, Output, Placeholder, SamplingColumns, Ticket
+from millrace.server.types import Sampling
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+Rows = list[Row]
+
+
+def compiled(function: Function) -> Function:
+    """Compile on the first call; keep the machine code where the package or the user's cache can be written."""
+    try:
+        machine: Function = njit(function, cache=True, nogil=True)
+    except RuntimeError:  # nothing can be written: every process compiles for itself
+        machine = njit(function, nogil=True)
+    return machine
+
+
+@compiled
+def pack_tokens(
+    lanes: Int32, starts: Int32, ends: Int32, tokens: Int32, blocks: Int32, block_size: int
+) -> tuple[Int32, Int32, Int32, Int32, Int32]:
+    """Gather tokens [starts, ends) of each row: token_ids, positions, slots, offsets, block_tables of a Batch."""
+    rows = len(lanes)
+    offsets = np.zeros(rows + 1, np.int32)
+    widest = 0
+    for row in range(rows):
+        offsets[row + 1] = offsets[row] + ends[row] - starts[row]
+        widest = max(widest, (ends[row] + block_size - 1) // block_size)
+    token_ids = np.empty(offsets[rows], np.int32)
+    positions = np.empty(offsets[rows], np.int32)
+    slots = np.empty(offsets[rows], np.int32)
+    block_tables = np.full((rows, widest), -1, np.int32)
+    for row in range(rows):
+        lane = lanes[row]
+        for column in range((ends[row] + block_size - 1) // block_size):
+            block_tables[row, column] = blocks[lane, column]
+        for position in range(starts[row], ends[row]):
+            i = offsets[row] + position - starts[row]
+            token_ids[i] = tokens[lane, position]
+            positions[i] = position
+            slots[i] = blocks[lane, position // block_size] * block_size + position % block_size
+    return token_ids, positions, slots, offsets, block_tables
+
+
+@compiled
+def gather(table: NDArray[Any], rows: Int32, lens: Int32) -> tuple[Int32, NDArray[Any]]:
+    """Join table[rows[i], :lens[i]]; returns offsets [len(rows) + 1] and the values."""
+    offsets = np.zeros(len(rows) + 1, np.int32)
+    for i in range(len(rows)):
+        offsets[i + 1] = offsets[i] + lens[i]
+    values = np.empty(offsets[len(rows)], table.dtype)
+    for i in range(len(rows)):
+        for j in range(lens[i]):
+            values[offsets[i] + j] = table[rows[i], j]
+    return offsets, values
+
+
+@compiled
+def append(table: Int32, lens: Int32, rows: Int32, values: Int32) -> None:
+    """Put values[i] behind the last of row rows[i]."""
+    for i in range(len(rows)):
+        table[rows[i], lens[rows[i]]] = values[i]
+        lens[rows[i]] += 1
+
+
+class RaggedTable:
+    """Rows of different lengths, [rows, width], that grow in width by doubling."""
+
+    def __init__(self, rows: int, dtype: type[np.generic]):
+        self.values: NDArray[Any] = np.zeros((rows, 16), dtype)
+        self.lens = np.zeros(rows, np.int32)
+
+    def set(self, row: int, values: Any) -> None:
+        """Replace a row."""
+        self.reserve(len(values))
+        self.values[row, : len(values)] = values
+        self.lens[row] = len(values)
+
+    def append(self, rows: Int32, values: Int32) -> None:
+        """Add one value to each of the rows."""
+        self.reserve(int(self.lens[rows].max(initial=0)) + 1)
+        append(self.values, self.lens, rows, values)
+
+    def reserve(self, width: int) -> None:
+        """Make room for rows of `width`."""
+        old = self.values.shape[1]
+        if width > old:
+            grown = np.zeros((len(self.lens), max(width, 2 * old)), self.values.dtype)
+            for row, length in enumerate(self.lens):  # untouched pages stay unmapped
+                grown[row, :length] = self.values[row, :length]
+            self.values = grown
+
+
+class BatchPacker:
+    """The columns of the running sequences, [lanes]. Lanes are those of the scheduler."""
+
+    def __init__(self, lanes: int, block_size: int):
+        self._block_size = block_size
+        self._tokens = RaggedTable(lanes, np.int32)  # prompt, then output
+        self._blocks = RaggedTable(lanes, np.int32)
+        # Bias of lane i: in row 2 i as asked, in row 2 i + 1 without stop tokens.
+        self._bias_ids = RaggedTable(2 * lanes, np.int32)
+        self._bias_values = RaggedTable(2 * lanes, np.float32)
+        self._reals = np.zeros((6, lanes), np.float32)
+        self._integers = np.zeros((3, lanes), np.int32)
+        self._seeds = np.zeros(lanes, np.uint64)
+        self._prompt_lens = np.zeros(lanes, np.int32)
+        self._first_stops = np.zeros(lanes, np.int32)  # position of the first token that may be a stop token
+        self._needs_history = np.zeros(lanes, np.bool_)
+
+    def warm_up(self) -> None:
+        """Compile every loop, so that no request waits for it. Overwrites lane 0."""
+        request = SequenceRequest(0, "", "", array("i", [0]), Sampling(), 0, 1)
+        sequence = Sequence(request, 0, 0, prompt_len=1, limit=2, length=1, lane=0, blocks=[0])
+        self.admit(sequence)
+        self.grow(sequence)
+        self.append([0], [0])
+        self.pack([Row(sequence, 0, 1, samples=True, source=None)], {})
+
+    def admit(self, sequence: Sequence) -> None:
+        """Fill the lane of a sequence that starts, or starts over."""
+        request, lane = sequence.request, sequence.lane
+        s = request.sampling
+        self._tokens.set(
+            lane, np.concatenate((np.asarray(request.prompt_ids, np.int32), np.array(sequence.output, np.int32)))
+        )
+        self._blocks.set(lane, sequence.blocks)
+        self._reals[:, lane] = (
+            s.temperature, s.top_p, s.min_p, s.presence_penalty, s.frequency_penalty, s.repetition_penalty
+        )  # fmt: skip
+        top_n = -1 if request.logprobs_top_n is None else request.logprobs_top_n
+        self._integers[:, lane] = s.top_k, request.choice, top_n
+        self._seeds[lane] = s.seed
+        self._prompt_lens[lane] = sequence.prompt_len
+        self._first_stops[lane] = sequence.prompt_len + request.min_output_tokens
+        self._needs_history[lane] = sequence.needs_history
+        # A bias, not a TokenMask: a few entries instead of a bit for each token of the vocabulary, and every
+        # later step of sampling leaves minus infinity what it is.
+        without_stops = {**s.logit_bias, **dict.fromkeys(sorted(request.stop_token_ids), -np.inf)}
+        for row, bias in ((2 * lane, s.logit_bias), (2 * lane + 1, without_stops)):
+            self._bias_ids.set(row, list(bias.keys()))
+            self._bias_values.set(row, list(bias.values()))
+
+    def grow(self, sequence: Sequence) -> None:
+        """Take over the newest block of a running sequence."""
+        self._blocks.append(np.array([sequence.lane], np.int32), np.array(sequence.blocks[-1:], np.int32))
+
+    def append(self, lanes: list[int], tokens: list[int]) -> None:
+        """Add one sampled token to each of the lanes."""
+        self._tokens.append(np.array(lanes, np.int32), np.array(tokens, np.int32))
+
+    def pack(self, rows: Rows, tickets: Mapping[int, Ticket]) -> Batch:
+        """The batch of rows of running sequences; `tickets` names the steps in flight by number."""
+        lanes = np.array([row.sequence.lane for row in rows], np.int32)
+        starts = np.array([row.start for row in rows], np.int32)
+        ends = np.array([row.end for row in rows], np.int32)
+        samples = np.array([row.samples for row in rows], np.bool_)
+        self._tokens.reserve(int(ends.max()))  # placeholders lie behind the known tokens
+        token_ids, positions, slots, offsets, block_tables = pack_tokens(
+            lanes, starts, ends, self._tokens.values, self._blocks.values, self._block_size
+        )
+        placeholders = [
+            Placeholder(int(offsets[i + 1]) - 1, tickets[row.source[0]], row.source[1])
+            for i, row in enumerate(rows)
+            if row.source is not None
+        ]
+        token_ids[[p.index for p in placeholders]] = -1
+        return Batch(
+            token_ids=token_ids,
+            positions=positions,
+            slots=slots,
+            offsets=offsets,
+            context_lens=ends,
+            block_tables=block_tables,
+            outputs=np.where(samples, np.int32(Output.SAMPLE), np.int32(Output.NOTHING)),
+            draft_lens=np.zeros(len(rows), np.int32),
+            adapters=np.full(len(rows), -1, np.int32),
+            sampling=self._sampling(lanes[samples], ends[samples]),
+            placeholders=placeholders,
+        )
+
+    def _sampling(self, lanes: Int32, positions: Int32) -> SamplingColumns:
+        """Parameters of the rows that draw the token at `positions`."""
+        temperature, top_p, min_p, presence, frequency, repetition = self._reals.take(lanes, axis=1)
+        top_k, choice, top_n = self._integers.take(lanes, axis=1)
+        bias_rows = 2 * lanes + (positions < self._first_stops[lanes])
+        bias_lens = self._bias_ids.lens[bias_rows]
+        bias_offsets, bias_ids = gather(self._bias_ids.values, bias_rows, bias_lens)
+        bias_values: Float32 = gather(self._bias_values.values, bias_rows, bias_lens)[1]
+        # A token still being sampled is not in the lane yet: the executor appends it.
+        history_lens = np.where(self._needs_history[lanes], self._tokens.lens[lanes], np.int32(0))
+        history_offsets, history_ids = gather(self._tokens.values, lanes, history_lens)
+        return SamplingColumns(
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            presence_penalty=presence,
+            frequency_penalty=frequency,
+            repetition_penalty=repetition,
+            seed=self._seeds[lanes],
+            choice=choice,
+            position=positions,
+            top_n=top_n,
+            bias_offsets=bias_offsets,
+            bias_ids=bias_ids,
+            bias_values=bias_values,
+            history_offsets=history_offsets,
+            history_ids=history_ids,
+            history_prompt_lens=np.minimum(self._prompt_lens[lanes], history_lens),
+        )

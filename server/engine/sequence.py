@@ -1,0 +1,101 @@
+"""One answer in the making: what was asked, how far it has come, and the words for its news."""
+
+from collections import abc
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import NamedTuple
+
+from millrace.server.errors import RequestError
+from millrace.server.types import FinishReason, Sampling
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SequenceRequest:
+    """One choice of one request. `sequence_id` is the caller's, never reused; ids are below the vocabulary size."""
+
+    sequence_id: int
+    request_id: str
+    tenant: str
+    prompt_ids: abc.Sequence[int]
+    sampling: Sampling
+    choice: int
+    max_output_tokens: int
+    min_output_tokens: int = 0  # no stop token before this many
+    stop_token_ids: frozenset[int] = frozenset()
+    logprobs_top_n: int | None = None  # None: no log-probabilities
+
+
+class SequenceToken(NamedTuple):
+    """A token that a sequence yielded; natural logarithms, the most likely first."""
+
+    sequence_id: int
+    token_id: int
+    logprob: float | None = None  # None: not asked for
+    top_ids: abc.Sequence[int] = ()
+    top_logprobs: abc.Sequence[float] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceFinished:
+    """The last word of a sequence: a reason, or the error that ended it. A cancelled sequence has none."""
+
+    sequence_id: int
+    reason: FinishReason | None
+    stop_token_id: int | None = None
+    error: RequestError | None = None
+    queue_us: int = 0
+    preemptions: int = 0
+    cached_prompt_tokens: int = 0
+
+
+class Status(Enum):
+    WAITING = auto()
+    RUNNING = auto()
+    FINISHED = auto()
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """State of a sequence. Its lengths, in tokens:
+
+        scheduled < length <= limit,    length = prompt_len + len(output) + pending
+
+    `scheduled` tokens have KV, or will have it when the steps in flight are done; `pending` tokens are being
+    sampled by those steps; at `limit` the sequence ends, so its last token never needs KV.
+    """
+
+    request: SequenceRequest
+    arrival: int  # place in the order of service
+    arrival_us: int
+    prompt_len: int
+    limit: int
+    length: int
+    status: Status = Status.WAITING
+    output: list[int] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)
+    scheduled: int = 0
+    pending: int = 0
+    in_flight: int = 0  # rows of steps that are not collected
+    source: tuple[int, int] = (0, 0)  # step and row that sample the newest pending token
+    lane: int = -1  # index among the running
+    queue_us: int | None = None  # None: never served
+    preemptions: int = 0
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether sampling looks at the tokens so far."""
+        s = self.request.sampling
+        return s.presence_penalty != 0 or s.frequency_penalty != 0 or s.repetition_penalty != 1
+
+    def finished(
+        self, reason: FinishReason | None, stop_token_id: int | None = None, error: RequestError | None = None
+    ) -> SequenceFinished:
+        return SequenceFinished(
+            self.request.sequence_id, reason, stop_token_id, error, self.queue_us or 0, self.preemptions
+        )
+
+    def check(self) -> None:
+        """Raise AssertionError unless the lengths agree."""
+        known = self.prompt_len + len(self.output)
+        if not (0 <= self.scheduled < self.length <= self.limit and self.length == known + self.pending):
+            raise AssertionError(f"lengths of sequence {self.request.sequence_id} disagree: {self}")

@@ -1,0 +1,137 @@
+"""A model without arithmetic: the next token is a hash of everything the KV blocks say came before it."""
+
+import hashlib
+from collections.abc import Callable, Iterable
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from millrace.server.config import EngineConfig
+from millrace.server.engine.engine import Engine
+from millrace.server.engine.sequence import SequenceRequest
+from millrace.server.model.executors.base import Batch, KVLayout, Output, StepResult
+from millrace.server.types import BackendInfo, FinishReason, Sampling
+
+VOCABULARY = 50
+
+
+def draw(tokens: Iterable[int], seed: int, choice: int, position: int, banned: frozenset[int] = frozenset()) -> int:
+    """The token that follows: a wrong token, position, seed or choice anywhere changes it."""
+    text = repr((list(tokens), seed, choice, position)).encode()
+    token = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()) % VOCABULARY
+    while token in banned:
+        token = (token + 1) % VOCABULARY
+    return token
+
+
+class FakeExecutor:
+    """Keeps (position, token) in each KV slot and reads the context back through the block tables."""
+
+    def __init__(self, num_blocks: int, block_size: int):
+        self.kv_layout = KVLayout(block_size, num_blocks, 1)
+        self.progress = 0
+        self.closed = False
+        self.batches: list[Batch] = []
+        self.poison: Callable[[list[int]], bool] = lambda tokens: False  # what makes a whole step raise
+        self.bad_row: Callable[[list[int]], bool] = lambda tokens: False  # what makes one row an error
+        self._kv = np.full((num_blocks * block_size, 2), -1)
+        self._results: dict[int, tuple[StepResult | Exception, list[int]]] = {}
+
+    def submit(self, batch: Batch) -> int:
+        self.batches.append(batch)
+        token_ids = batch.token_ids.copy()
+        for p in batch.placeholders:
+            assert token_ids[p.index] == -1
+            token_ids[p.index] = self._results[p.ticket][1][p.row]
+        self._kv[batch.slots] = np.stack([batch.positions, token_ids], axis=1)
+        tokens, errors, sampled = [], {}, np.flatnonzero(batch.outputs == Output.SAMPLE).tolist()
+        failure: Exception | None = None
+        for row, length in enumerate(batch.context_lens.tolist()):
+            context = self._context(batch.block_tables[row], length)
+            if self.poison(context):
+                failure = RuntimeError("poison")
+            token = self._sample(batch, sampled.index(row), context) if row in sampled else -1
+            if self.bad_row(context):
+                errors[row], token = "not a number", -1
+            tokens.append(token)
+        ticket = len(self._results)
+        self._results[ticket] = (failure or self._result(tokens, errors), tokens)
+        return ticket
+
+    def _context(self, table: np.ndarray, length: int) -> list[int]:
+        size = self.kv_layout.block_size
+        slots = [table[p // size] * size + p % size for p in range(length)]
+        positions, tokens = self._kv[slots].T.tolist()
+        assert positions == list(range(length)), "a position was overwritten or never written"
+        return tokens
+
+    def _sample(self, batch: Batch, i: int, context: list[int]) -> int:
+        s = batch.sampling
+        ids = s.bias_ids[s.bias_offsets[i] : s.bias_offsets[i + 1]].tolist()
+        values = s.bias_values[s.bias_offsets[i] : s.bias_offsets[i + 1]].tolist()
+        history = s.history_ids[s.history_offsets[i] : s.history_offsets[i + 1]].tolist()
+        if s.repetition_penalty[i] != 1:
+            assert context in (history, history[: len(context)], [*history, context[-1]])
+        else:
+            assert history == []
+        assert s.position[i] == len(context)
+        banned = frozenset(v for v, bias in zip(ids, values, strict=True) if bias == -np.inf)
+        return draw(context, int(s.seed[i]), int(s.choice[i]), int(s.position[i]), banned)
+
+    @staticmethod
+    def _result(tokens: list[int], errors: dict[int, str]) -> StepResult:
+        counts = [int(token >= 0) for token in tokens]
+        ids = np.array([token for token in tokens if token >= 0], np.int32)
+        top_offsets = np.arange(len(ids) + 1, dtype=np.int32)
+        logprobs = -ids.astype(np.float32)
+        offsets = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
+        return StepResult(offsets, ids, logprobs, top_offsets, ids, logprobs, errors=errors)
+
+    def collect(self, ticket: int) -> StepResult:
+        self.progress += 1
+        result = self._results[ticket][0]
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def solo(request: SequenceRequest, max_model_len: int) -> tuple[list[int], FinishReason]:
+    """What a request must yield whatever runs beside it."""
+    tokens, prompt = list(request.prompt_ids), len(request.prompt_ids)
+    while True:
+        early = len(tokens) - prompt < request.min_output_tokens
+        banned = request.stop_token_ids if early else frozenset()
+        tokens.append(draw(tokens, request.sampling.seed, request.choice, len(tokens), banned))
+        if tokens[-1] in request.stop_token_ids:
+            return tokens[prompt:], FinishReason.STOP
+        if len(tokens) == max_model_len:
+            return tokens[prompt:], FinishReason.CONTEXT_LENGTH
+        if len(tokens) - prompt == request.max_output_tokens:
+            return tokens[prompt:], FinishReason.MAX_TOKENS
+
+
+def make_request(sequence_id: int, prompt: Iterable[int] = (1, 2, 3), **changes: object) -> SequenceRequest:
+    sampling = changes.pop("sampling", Sampling(seed=sequence_id))
+    values = {"choice": 0, "max_output_tokens": 8, **changes}
+    return SequenceRequest(sequence_id, f"request-{sequence_id}", "tenant", list(prompt), sampling, **values)
+
+
+def make_engine(
+    blocks: int = 64, block_size: int = 4, max_model_len: int = 64, steps_in_flight: int = 1, **settings: int
+) -> Engine:
+    info = BackendInfo("f", "fake", "hash", 0, VOCABULARY, max_model_len, block_size, blocks)
+    now = iter(range(10**9))
+    config = EngineConfig(**settings)
+    return Engine(FakeExecutor(blocks, block_size), info, config, steps_in_flight, clock_us=lambda: next(now))
+
+
+@pytest.fixture
+def fake() -> SimpleNamespace:
+    """The fake executor, the oracle, and builders of requests and engines around them."""
+    return SimpleNamespace(
+        Executor=FakeExecutor, draw=draw, solo=solo, request=make_request, engine=make_engine, vocabulary=VOCABULARY
+    )
