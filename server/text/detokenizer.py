@@ -35,9 +35,14 @@ class Detokenizer:
         data = b"" if token_id in self._tokenizer.special_ids else self._tokenizer.token_bytes(token_id)
         if data and (self._bare or self._spaces):
             data = self._begin(data)
-        start = self._position + (bool(self._held) and not self._completes(data))
-        text, used = utf_8_decode(self._held + data, "replace", False)
-        self._held = (self._held + data)[used:]
+        start = self._position + (bool(self._held) and not self._continued(data))
+        data = self._held + data
+        text, used = utf_8_decode(data, "replace", False)
+        self._held = data[used:]
+        if self._held[:1] == b"\xed" and self._held[1:] >= b"\xa0":
+            # A surrogate: CPython waits for its third byte, yet no byte can make it valid.
+            text += self._held.decode("utf-8", "replace")
+            self._held = b""
         self._position += len(text)
         return Decoded(text, start, self._position + bool(self._held))
 
@@ -56,10 +61,6 @@ class Detokenizer:
         self._spaces = self._spaces - taken if taken == len(data) else 0
         return data[taken:]
 
-    def _completes(self, data: bytes) -> bool:
+    def _continued(self, data: bytes) -> bool:
         """Whether `data` goes on the held character; otherwise that one becomes U+FFFD."""
-        try:
-            utf_8_decode(self._held + data[:1], "strict", False)
-        except UnicodeDecodeError:
-            return False
-        return bool(data)
+        return bool(data) and len((self._held + data[:1]).decode("utf-8", "replace")) == 1

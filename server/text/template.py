@@ -13,7 +13,7 @@ from typing import Any
 
 import jinja2
 
-from millrace.server.errors import CheckpointError, FeatureUnsupported, InvalidRequest
+from millrace.server.errors import CheckpointError, InvalidRequest
 from millrace.server.text.sandbox import GLOBALS, compile_template, render
 from millrace.server.text.tokenizer import Tokenizer, read_config
 from millrace.server.types import ChatPrompt
@@ -88,11 +88,6 @@ class ChatTemplate:
         except Exception as error:
             reason = f"the model's chat template cannot use it: {type(error).__name__}: {error}"
             raise InvalidRequest.at("chat", reason[:500]) from None
-
-
-def unsupported(model: str) -> InvalidRequest:
-    """What a conversation gets from a model without a chat template."""
-    return FeatureUnsupported.at("chat", f"model {model!r} has no chat template; send the prompt as `text`")
 
 
 def _arguments(chat: ChatPrompt) -> dict[str, Any]:
