@@ -1,10 +1,15 @@
 """Fixtures for every test."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import checkpoints
 import pytest
+
+# Before anything imports PyTorch: the shapes are tiny, and waiting threads must not spin.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 @pytest.fixture(scope="session")

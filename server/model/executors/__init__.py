@@ -1,5 +1,6 @@
 """Makes the executor that a worker runs: opens the checkpoint, settles what is `auto`, loads the weights."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -29,6 +30,8 @@ def create_executor(config: EngineConfig, progress: Callable[[int, int], None]) 
     checkpoint = Checkpoint.open(config.checkpoint)
     find_weights(checkpoint)
     plan = make_plan(config, checkpoint.spec)
+    # Threads that wait for each other by spinning stand still for whole time slices on a busy machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         import torch
     except ImportError:

@@ -7,11 +7,12 @@ selects it, and the draws up to the first wrong draft are what plain decoding wo
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from millrace.kernels.sampling import SampleResult
 from millrace.server.model.executors.base import (
     Batch,
     Float32,
@@ -21,23 +22,6 @@ from millrace.server.model.executors.base import (
     StepResult,
     TokenMask,
 )
-
-
-class Sampled(Protocol):
-    """What the sampling kernel returns for D draws: columns, ragged `top_*`, and errors by draw."""
-
-    @property
-    def token_ids(self) -> Int32: ...
-    @property
-    def logprobs(self) -> Float32: ...
-    @property
-    def top_offsets(self) -> Int32: ...
-    @property
-    def top_token_ids(self) -> Int32: ...
-    @property
-    def top_logprobs(self) -> Float32: ...
-    @property
-    def errors(self) -> Mapping[int, str]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +98,7 @@ _SCALARS = (
 
 
 def accept_draws(
-    batch: Batch, draws: Draws, sampled: Sampled, pooled: Mapping[int, Float32], errors: Mapping[int, str]
+    batch: Batch, draws: Draws, sampled: SampleResult, pooled: Mapping[int, Float32], errors: Mapping[int, str]
 ) -> StepResult:
     """Keep each row's draws up to the first wrong draft. `errors`: rows that failed before they sampled."""
     failed = dict(errors)

@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from millrace.kernels.sampling import sample
+from millrace.kernels.sampling import SampleResult, sample
 from millrace.server.errors import FeatureUnsupported
 from millrace.server.model.executors.base import Batch, Float32, Int32, KVLayout, Output, StepResult, Ticket
-from millrace.server.model.executors.draws import Draws, Sampled, accept_draws, plan_draws
+from millrace.server.model.executors.draws import Draws, accept_draws, plan_draws
 from millrace.server.model.executors.reference_model import ReferenceModel
 from millrace.server.model.spec import ModelSpec, Weight
 
@@ -114,7 +114,7 @@ class ReferenceExecutor:
                 errors.setdefault(int(row), "the model computed a hidden state that is not finite")
         return pooled
 
-    def _draw(self, draws: Draws, hidden: Tensor) -> Sampled:
+    def _draw(self, draws: Draws, hidden: Tensor) -> SampleResult:
         logits = self.model.logits(hidden[torch.from_numpy(draws.tokens).long()])
         columns = {field.name: getattr(draws.sampling, field.name) for field in fields(draws.sampling)}
         return sample(logits.numpy(), **columns, masks=draws.masks)
