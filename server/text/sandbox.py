@@ -164,7 +164,8 @@ class _Environment(ImmutableSandboxedEnvironment):
             del self.globals[name]
 
     def call(self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        owner = getattr(__obj, "__self__", None)
+        # The sandbox wraps `str.format`.
+        owner = getattr(getattr(__obj, "__wrapped__", __obj), "__self__", None)
         text = owner if isinstance(owner, str | list | tuple | dict) else ""
         _check_call(getattr(__obj, "__name__", "a function"), (text, *args, *kwargs.values()))
         result = super().call(__context, __obj, *args, **kwargs)

@@ -6,7 +6,18 @@ from hypothesis import strategies as st
 from millrace.server.text.detokenizer import Detokenizer
 
 relaxed = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
-RAW = [b"\xf0\x9f\x98\x80", b"\xed\xa0\x80", b"\xf0\x9f", b"\xc3", b"\xc3\xa9", b"\xef\xbf\xbd", b"\xe0\x80", b"\xff", b" ", b"a"]
+RAW = [
+    b"\xf0\x9f\x98\x80",
+    b"\xed\xa0\x80",
+    b"\xf0\x9f",
+    b"\xc3",
+    b"\xc3\xa9",
+    b"\xef\xbf\xbd",
+    b"\xe0\x80",
+    b"\xff",
+    b" ",
+    b"a",
+]
 
 
 def ids_of_bytes(tokenizer, data: bytes) -> list[int]:
