@@ -26,7 +26,7 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
-    "initializer_range": 0.2,
+    "initializer_range": 0.1,
     "bos_token_id": 0,
     "eos_token_id": 1,
     "pad_token_id": None,

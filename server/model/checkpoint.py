@@ -88,11 +88,11 @@ def read_generation(directory: Path, config: Fields) -> GenerationDefaults:
     bos = tokens["bos_token_id"].integers("bos_token_id", 0, last)
     greedy = not given.flag("do_sample", True)
     sampling = Sampling(
-        temperature=0.0 if greedy else given.number("temperature", 0, 100, 1.0),
-        top_p=given.number("top_p", 0, 1, 1.0),
-        top_k=given.integer("top_k", 0, 1 << 24, 0),
+        temperature=0.0 if greedy else given.number("temperature", 0, 2, 1.0),
+        top_p=given.number("top_p", 1e-6, 1, 1.0),
+        top_k=given.integer("top_k", 0, 1 << 20, 0),
         min_p=given.number("min_p", 0, 1, 0.0),
-        repetition_penalty=given.number("repetition_penalty", 1e-3, 1e3, 1.0),
+        repetition_penalty=given.number("repetition_penalty", 1e-6, 4, 1.0),
     )
     return GenerationDefaults(
         sampling=sampling,
