@@ -14,6 +14,15 @@ from millrace.server.model.executors.draws import Draws, accept_draws, plan_draw
 from millrace.server.model.executors.reference_model import ReferenceModel
 from millrace.server.model.spec import ModelSpec, Weight
 
+NO_DRAWS = SampleResult(
+    token_ids=np.empty(0, np.int32),
+    logprobs=np.empty(0, np.float32),
+    top_offsets=np.zeros(1, np.int32),
+    top_token_ids=np.empty(0, np.int32),
+    top_logprobs=np.empty(0, np.float32),
+    errors={},
+)
+
 
 class ReferenceExecutor:
     """Implements `Executor`. A step is computed inside `submit`; its result waits until it is collected."""
@@ -42,7 +51,8 @@ class ReferenceExecutor:
         hidden = self.model.forward(batch, torch.from_numpy(token_ids).long().clamp(min=0))
         pooled = self._pool(batch, hidden, errors)
         draws = plan_draws(batch, token_ids)
-        result = accept_draws(batch, draws, self._draw(draws, hidden), pooled, errors)
+        sampled = self._draw(draws, hidden) if len(draws.tokens) else NO_DRAWS
+        result = accept_draws(batch, draws, sampled, pooled, errors)
         self._last_ticket += 1
         self._results[self._last_ticket] = result
         return self._last_ticket
@@ -98,6 +108,7 @@ class ReferenceExecutor:
             if begin < end:
                 token_ids[placeholder.index] = result.token_ids[end - 1]
             else:
+                token_ids[placeholder.index] = 0  # any token: the row's result is dropped
                 row = int(np.searchsorted(batch.offsets, placeholder.index, "right")) - 1
                 errors[row] = result.errors.get(placeholder.row, "the row that it continues sampled nothing")
         return token_ids, errors

@@ -83,8 +83,6 @@ class ReferenceModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 [rows, vocabulary] of hidden states before the final norm."""
-        if not len(hidden):
-            return hidden.new_empty(0, self.spec.vocab_size)
         head = self.outer["embedding" if self.spec.tied else "head"]
         return linear(self.finish(hidden), head)
 
