@@ -1,0 +1,192 @@
+// millrace.kernels._C: checks arrays, then calls csrc/kernels without the GIL. The only user of pybind11.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <limits>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "millrace/isa.h"
+#include "millrace/sampling.h"
+
+namespace py = pybind11;
+
+namespace {
+
+[[noreturn]] void fail(const std::string& message) { throw py::value_error(message); }
+
+millrace::Isa current_isa() { return millrace::choose_isa(std::getenv("MILLRACE_ISA")); }
+
+// A contiguous vector of T; `length` -1: any.
+template <typename T>
+const T* column(const py::array& array, const char* name, py::ssize_t length) {
+  const std::string is = std::string(name) + " must be ";
+  if (!array.dtype().equal(py::dtype::of<T>())) {
+    fail(is + std::string(py::str(py::dtype::of<T>())) + ", not " + std::string(py::str(array.dtype())));
+  }
+  if (array.ndim() != 1) fail(is + "one-dimensional");
+  if (length >= 0 && array.shape(0) != length) {
+    fail(is + std::to_string(length) + " long, not " + std::to_string(array.shape(0)));
+  }
+  if ((array.flags() & py::array::c_style) == 0) fail(is + "contiguous");
+  return static_cast<const T*>(array.data());
+}
+
+template <typename T, typename Predicate>
+const T* checked(const py::array& array, const char* name, py::ssize_t length, const char* range, Predicate inside) {
+  const T* values = column<T>(array, name, length);
+  for (py::ssize_t i = 0; i < array.shape(0); ++i) {
+    if (!inside(values[i])) {
+      fail(std::string(name) + "[" + std::to_string(i) + "] = " + std::to_string(values[i]) + " is outside " + range);
+    }
+  }
+  return values;
+}
+
+const std::int32_t* offsets(const py::array& array, const char* name, py::ssize_t rows, py::ssize_t end) {
+  const auto* values = column<std::int32_t>(array, name, rows + 1);
+  bool valid = values[0] == 0 && values[rows] == end;
+  for (py::ssize_t i = 0; i < rows; ++i) valid = valid && values[i] <= values[i + 1];
+  if (!valid) fail(std::string(name) + " must rise from 0 to " + std::to_string(end));
+  return values;
+}
+
+void set_logits(const py::array& logits, millrace::SamplingInput& input) {
+  constexpr auto kFloat = static_cast<py::ssize_t>(sizeof(float));
+  if (!logits.dtype().equal(py::dtype::of<float>()) || logits.ndim() != 2) {
+    fail("logits must be a float32 array of [rows, vocabulary]");
+  }
+  constexpr py::ssize_t kMost = std::numeric_limits<std::int32_t>::max();
+  if (logits.shape(1) < 1 || logits.shape(1) > kMost || logits.shape(0) > kMost) {
+    fail("logits must have 1 to 2147483647 columns and at most as many rows");
+  }
+  const bool single = logits.shape(0) <= 1;
+  if ((logits.shape(1) > 1 && logits.strides(1) != kFloat) ||
+      (!single && (logits.strides(0) < logits.shape(1) * kFloat || logits.strides(0) % kFloat != 0)) ||
+      reinterpret_cast<std::uintptr_t>(logits.data()) % sizeof(float) != 0) {
+    fail("rows of logits must be contiguous and must not overlap");
+  }
+  input.logits = static_cast<const float*>(logits.data());
+  input.rows = static_cast<std::int32_t>(logits.shape(0));
+  input.vocab = static_cast<std::int32_t>(logits.shape(1));
+  input.row_stride = single ? input.vocab : logits.strides(0) / kFloat;
+}
+
+using Masks = std::vector<std::pair<std::int64_t, py::array>>;
+
+std::vector<const std::uint32_t*> mask_pointers(const Masks& masks, const millrace::SamplingInput& input) {
+  std::vector<const std::uint32_t*> pointers(static_cast<std::size_t>(input.rows), nullptr);
+  for (const auto& [row, words] : masks) {
+    if (row < 0 || row >= input.rows) fail("mask of row " + std::to_string(row) + ": there is no such row");
+    const std::uint32_t*& pointer = pointers[static_cast<std::size_t>(row)];
+    if (pointer != nullptr) fail("row " + std::to_string(row) + " has two masks");
+    pointer = column<std::uint32_t>(words, "mask", (py::ssize_t{input.vocab} + 31) / 32);
+  }
+  return pointers;
+}
+
+// Drops the entries of rows that failed, and the room that rows did not ask for.
+py::tuple compact(const millrace::SamplingInput& input, const std::vector<millrace::SamplingStatus>& status,
+                  py::ssize_t width, const std::vector<std::int32_t>& ids, const std::vector<float>& logprobs) {
+  py::array_t<std::int32_t> starts(input.rows + 1);
+  std::vector<std::int32_t> kept_ids;
+  std::vector<float> kept_logprobs;
+  starts.mutable_at(0) = 0;
+  for (std::int32_t row = 0; row < input.rows; ++row) {
+    const bool ok = status[static_cast<std::size_t>(row)] == millrace::SamplingStatus::ok;
+    const std::int32_t count = ok ? std::clamp(input.top_n[row], 0, input.vocab) : 0;
+    const auto at = static_cast<std::ptrdiff_t>(row * width);
+    kept_ids.insert(kept_ids.end(), ids.begin() + at, ids.begin() + at + count);
+    kept_logprobs.insert(kept_logprobs.end(), logprobs.begin() + at, logprobs.begin() + at + count);
+    starts.mutable_at(row + 1) = static_cast<std::int32_t>(kept_ids.size());
+  }
+  const auto size = static_cast<py::ssize_t>(kept_ids.size());
+  return py::make_tuple(starts, py::array_t<std::int32_t>(size, kept_ids.data()),
+                        py::array_t<float>(size, kept_logprobs.data()));
+}
+
+py::tuple sample(const py::array& logits, const py::array& temperature, const py::array& top_p, const py::array& top_k,
+                 const py::array& min_p, const py::array& presence_penalty, const py::array& frequency_penalty,
+                 const py::array& repetition_penalty, const py::array& seed, const py::array& choice,
+                 const py::array& position, const py::array& top_n, const py::array& bias_offsets,
+                 const py::array& bias_ids, const py::array& bias_values, const py::array& history_offsets,
+                 const py::array& history_ids, const py::array& history_prompt_lens, const Masks& masks) {
+  millrace::SamplingInput in{};
+  set_logits(logits, in);
+  const py::ssize_t rows = in.rows;
+  const auto not_negative = [](auto v) { return v >= 0; };
+  const auto finite = [](float v) { return std::isfinite(v); };
+  const auto token = [&in](std::int32_t v) { return v >= 0 && v < in.vocab; };
+  in.temperature = checked<float>(temperature, "temperature", rows, "[0, inf)",
+                                  [](float v) { return v >= 0 && std::isfinite(v); });
+  in.top_p = checked<float>(top_p, "top_p", rows, "(0, 1]", [](float v) { return v > 0 && v <= 1; });
+  in.top_k = checked<std::int32_t>(top_k, "top_k", rows, "[0, inf)", not_negative);
+  in.min_p = checked<float>(min_p, "min_p", rows, "[0, 1]", [](float v) { return v >= 0 && v <= 1; });
+  in.presence_penalty = checked<float>(presence_penalty, "presence_penalty", rows, "(-inf, inf)", finite);
+  in.frequency_penalty = checked<float>(frequency_penalty, "frequency_penalty", rows, "(-inf, inf)", finite);
+  in.repetition_penalty = checked<float>(repetition_penalty, "repetition_penalty", rows, "(0, inf)",
+                                         [](float v) { return v > 0 && std::isfinite(v); });
+  in.seed = column<std::uint64_t>(seed, "seed", rows);
+  in.choice = checked<std::int32_t>(choice, "choice", rows, "[0, inf)", not_negative);
+  in.position = checked<std::int32_t>(position, "position", rows, "[0, inf)", not_negative);
+  in.top_n = checked<std::int32_t>(top_n, "top_n", rows, "[-1, inf)", [](std::int32_t v) { return v >= -1; });
+  in.bias_ids = checked<std::int32_t>(bias_ids, "bias_ids", -1, "[0, vocabulary)", token);
+  in.bias_values = checked<float>(bias_values, "bias_values", bias_ids.shape(0), "(-inf, inf)", finite);
+  in.bias_offsets = offsets(bias_offsets, "bias_offsets", rows, bias_ids.shape(0));
+  in.history_ids = checked<std::int32_t>(history_ids, "history_ids", -1, "[0, vocabulary)", token);
+  in.history_offsets = offsets(history_offsets, "history_offsets", rows, history_ids.shape(0));
+  in.history_prompt_lens =
+      checked<std::int32_t>(history_prompt_lens, "history_prompt_lens", rows, "[0, inf)", not_negative);
+  const std::vector<const std::uint32_t*> pointers = mask_pointers(masks, in);
+  in.masks = pointers.data();
+  const millrace::Isa isa = current_isa();
+
+  const std::int32_t most = rows == 0 ? 0 : *std::max_element(in.top_n, in.top_n + rows);
+  const std::int32_t width = std::clamp(most, 0, in.vocab);
+  const auto room = static_cast<std::size_t>(rows) * static_cast<std::size_t>(width);
+  std::vector<std::int32_t> top_ids(room);
+  std::vector<float> top_logprobs(room);
+  std::vector<millrace::SamplingStatus> status(static_cast<std::size_t>(rows));
+  py::array_t<std::int32_t> token_ids(rows);
+  py::array_t<float> logprobs(rows);
+  const millrace::SamplingOutput out{token_ids.mutable_data(), logprobs.mutable_data(), status.data(),
+                                     width,                    top_ids.data(),          top_logprobs.data()};
+  {
+    const py::gil_scoped_release release;
+    millrace::sample(in, out, isa);
+  }
+  py::array_t<std::int32_t> codes(rows);
+  std::transform(status.begin(), status.end(), codes.mutable_data(),
+                 [](millrace::SamplingStatus s) { return static_cast<std::int32_t>(s); });
+  const py::tuple top = compact(in, status, width, top_ids, top_logprobs);
+  return py::make_tuple(token_ids, logprobs, top[0], top[1], top[2], codes);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
+  module.doc() = "Native kernels; the documented faces are the modules of millrace.kernels.";
+  module.def(
+      "isa", [] { return millrace::name(current_isa()); },
+      "The instruction set the kernels run with: the fastest of this machine, or MILLRACE_ISA.");
+  module.def(
+      "available_isas",
+      [] {
+        std::vector<std::string> names;
+        for (const millrace::Isa isa : millrace::available_isas()) names.push_back(millrace::name(isa));
+        return names;
+      },
+      "Instruction sets this machine can run, slowest first.");
+  module.def("sample", &sample, py::kw_only(), py::arg("logits"), py::arg("temperature"), py::arg("top_p"),
+             py::arg("top_k"), py::arg("min_p"), py::arg("presence_penalty"), py::arg("frequency_penalty"),
+             py::arg("repetition_penalty"), py::arg("seed"), py::arg("choice"), py::arg("position"), py::arg("top_n"),
+             py::arg("bias_offsets"), py::arg("bias_ids"), py::arg("bias_values"), py::arg("history_offsets"),
+             py::arg("history_ids"), py::arg("history_prompt_lens"), py::arg("masks"),
+             "See millrace.kernels.sampling.sample.");
+}

@@ -1,0 +1,103 @@
+// The passes of the sampler that read a whole row, compiled once for each instruction set.
+//
+// Every reduction is a sum or a maximum of integers, so it has one result in any order and on any vector width.
+#pragma once
+
+#include <array>
+#include <bit>
+#include <cstdint>
+
+#include "millrace/isa.h"
+
+namespace millrace::sampling {
+
+inline constexpr std::int32_t kBlock = 256;  // tokens that are skipped, summed or searched together
+inline constexpr std::int32_t kBins = 256;
+inline constexpr float kOne = 1073741824.0F;  // 2^30: the weight of the most likely token
+
+// Order-preserving integers: key(a) < key(b) exactly if a < b, -0 just below +0; NaN lies outside [-inf, inf].
+struct KeyRange {
+  std::int32_t lowest;
+  std::int32_t highest;
+};
+
+// Weights are exp(scaled distance from the maximum) in units of 2^-30 of the most likely token's.
+struct Scale {
+  float highest;          // the largest logit
+  float log2_per_logit;  // log2(e) / temperature
+};
+
+// exp sums at full float precision: high * 2^-30 + low * 2^-54.
+struct ExpSum {
+  std::int64_t high;
+  std::int64_t low;
+};
+
+// Survivors: logits above `logit`, and those equal to it up to token `id`, whose weight is at least `weight`.
+struct Cut {
+  float logit;
+  std::int32_t id;
+  std::int32_t weight;
+};
+
+// Bin of a logit: its distance from `highest` times `bins_per_logit`, at most kBins - 1.
+struct Bins {
+  float highest;
+  float bins_per_logit;
+};
+
+using Histogram = std::array<std::uint64_t, kBins>;
+
+struct Passes {
+  // Keys of the row, and of each block its highest.
+  KeyRange (*scan)(const float* logits, std::int32_t count, std::int32_t* block_highest);
+  ExpSum (*sum_exp)(const float* logits, std::int32_t count, Scale scale);
+  // Weights and their sum by block; a block of zeros is left unwritten, its mass 0. Returns the sum of all.
+  std::uint64_t (*weigh)(const float* logits, std::int32_t count, Scale scale, const std::int32_t* block_highest,
+                         std::int32_t* weights, std::uint64_t* block_mass);
+  // Mass by bin, over the blocks of some mass.
+  void (*histogram)(const float* logits, const std::int32_t* weights, std::int32_t count,
+                    const std::uint64_t* block_mass, Bins bins, Histogram& mass);
+  // Weights of the others become 0. Returns the sum of all.
+  std::uint64_t (*keep)(const float* logits, std::int32_t count, Cut cut, std::int32_t* weights,
+                        std::uint64_t* block_mass);
+};
+
+const Passes& passes(Isa isa);
+
+// Inlined into each instruction set's passes: an ordinary inline function would be compiled for the baseline.
+#define MILLRACE_INLINE [[gnu::always_inline]] inline
+
+MILLRACE_INLINE std::int32_t key(float value) {
+  const auto bits = std::bit_cast<std::int32_t>(value);
+  return bits ^ ((bits >> 31) & 0x7FFFFFFF);
+}
+
+MILLRACE_INLINE float value(std::int32_t key) { return std::bit_cast<float>(key ^ ((key >> 31) & 0x7FFFFFFF)); }
+
+// 2^t for t <= 0, relative error below 2e-7, exactly 1 at 0; anything below 2^-100 is 2^-100.
+// 2^t = 2^n 2^f with n the nearest integer; 1 + f q(f) has the least maximal relative error over |f| <= 1/2.
+MILLRACE_INLINE float exp2_nonpositive(float t) {
+  t = t < -100.0F ? -100.0F : t;
+  const auto n = static_cast<std::int32_t>(t - 0.5F);
+  const float f = t - static_cast<float>(n);
+  float p = 0x1.5bba14p-10F;
+  p = p * f + 0x1.3cea88p-7F;
+  p = p * f + 0x1.c6b752p-5F;
+  p = p * f + 0x1.ebf9bcp-3F;
+  p = p * f + 0x1.62e42ap-1F;
+  p = p * f + 1.0F;
+  return std::bit_cast<float>(std::bit_cast<std::int32_t>(p) + n * (1 << 23));
+}
+
+MILLRACE_INLINE std::int32_t weight(float logit, Scale scale) {
+  const float power = exp2_nonpositive((logit - scale.highest) * scale.log2_per_logit);
+  return static_cast<std::int32_t>(power * kOne + 0.5F);
+}
+
+MILLRACE_INLINE std::int32_t bin(float logit, Bins bins) {
+  const float distance = (bins.highest - logit) * bins.bins_per_logit;
+  return static_cast<std::int32_t>(distance < static_cast<float>(kBins - 1) ? distance : static_cast<float>(kBins - 1));
+}
+
+}  // namespace millrace::sampling
