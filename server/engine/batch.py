@@ -6,7 +6,7 @@ the arrays of a step, so a step costs its own tokens and not those of the contex
 """
 
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,11 +15,21 @@ from numpy.typing import NDArray
 
 from millrace.server.engine.scheduler import Row
 from millrace.server.engine.sequence import Sequence, SequenceRequest
-from millrace.server.model.executors.base import Batch, Float32, Int32, Output, Placeholder, SamplingColumns, Ticket
+from millrace.server.model.executors.base import (
+    Batch,
+    Float32,
+    Int32,
+    Output,
+    Placeholder,
+    SamplingColumns,
+    Ticket,
+    TokenMask,
+)
 from millrace.server.types import Sampling
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Rows = list[Row]
+UInt32 = NDArray[np.uint32]
 
 
 def compiled(function: Function) -> Function:
@@ -79,6 +89,14 @@ def append(table: Int32, lens: Int32, rows: Int32, values: Int32) -> None:
         lens[rows[i]] += 1
 
 
+def all_but(banned: Iterable[int], vocab_size: int) -> UInt32:
+    """The words of a TokenMask that allows every token but `banned`."""
+    allowed = np.zeros(-(-vocab_size // 32) * 32, np.bool_)
+    allowed[:vocab_size] = True
+    allowed[list(banned)] = False
+    return np.packbits(allowed, bitorder="little").view("<u4").astype(np.uint32)
+
+
 class RaggedTable:
     """Rows of different lengths, [rows, width], that grow in width by doubling."""
 
@@ -110,19 +128,20 @@ class RaggedTable:
 class BatchPacker:
     """The columns of the running sequences, [lanes]. Lanes are those of the scheduler."""
 
-    def __init__(self, lanes: int, block_size: int):
+    def __init__(self, lanes: int, block_size: int, vocab_size: int):
         self._block_size = block_size
+        self._vocab_size = vocab_size
         self._tokens = RaggedTable(lanes, np.int32)  # prompt, then output
         self._blocks = RaggedTable(lanes, np.int32)
-        # Bias of lane i: in row 2 i as asked, in row 2 i + 1 without stop tokens.
-        self._bias_ids = RaggedTable(2 * lanes, np.int32)
-        self._bias_values = RaggedTable(2 * lanes, np.float32)
+        self._bias_ids = RaggedTable(lanes, np.int32)
+        self._bias_values = RaggedTable(lanes, np.float32)
         self._reals = np.zeros((6, lanes), np.float32)
         self._integers = np.zeros((3, lanes), np.int32)
         self._seeds = np.zeros(lanes, np.uint64)
         self._prompt_lens = np.zeros(lanes, np.int32)
-        self._first_stops = np.zeros(lanes, np.int32)  # position of the first token that may be a stop token
         self._needs_history = np.zeros(lanes, np.bool_)
+        self._first_stops = np.zeros(lanes, np.int32)  # position of the first token that may be a stop token
+        self._without_stops: dict[int, UInt32] = {}  # lane -> mask for the tokens before
 
     def warm_up(self) -> None:
         """Compile every loop, so that no request waits for it. Overwrites lane 0."""
@@ -148,14 +167,13 @@ class BatchPacker:
         self._integers[:, lane] = s.top_k, request.choice, top_n
         self._seeds[lane] = s.seed
         self._prompt_lens[lane] = sequence.prompt_len
-        self._first_stops[lane] = sequence.prompt_len + request.min_output_tokens
         self._needs_history[lane] = sequence.needs_history
-        # A bias, not a TokenMask: a few entries instead of a bit for each token of the vocabulary, and every
-        # later step of sampling leaves minus infinity what it is.
-        without_stops = {**s.logit_bias, **dict.fromkeys(sorted(request.stop_token_ids), -np.inf)}
-        for row, bias in ((2 * lane, s.logit_bias), (2 * lane + 1, without_stops)):
-            self._bias_ids.set(row, list(bias.keys()))
-            self._bias_values.set(row, list(bias.values()))
+        self._bias_ids.set(lane, list(s.logit_bias.keys()))
+        self._bias_values.set(lane, list(s.logit_bias.values()))
+        self._first_stops[lane] = sequence.prompt_len + request.min_output_tokens
+        if request.min_output_tokens:
+            # A mask, not a bias: no finite bias rules a token out, and a request may bias the same token.
+            self._without_stops[lane] = all_but(request.stop_token_ids, self._vocab_size)
 
     def grow(self, sequence: Sequence) -> None:
         """Take over the newest block of a running sequence."""
@@ -181,6 +199,7 @@ class BatchPacker:
             if row.source is not None
         ]
         token_ids[[p.index for p in placeholders]] = -1
+        drawing, drawn = lanes[samples], ends[samples]
         return Batch(
             token_ids=token_ids,
             positions=positions,
@@ -191,18 +210,21 @@ class BatchPacker:
             outputs=np.where(samples, np.int32(Output.SAMPLE), np.int32(Output.NOTHING)),
             draft_lens=np.zeros(len(rows), np.int32),
             adapters=np.full(len(rows), -1, np.int32),
-            sampling=self._sampling(lanes[samples], ends[samples]),
+            sampling=self._sampling(drawing, drawn),
             placeholders=placeholders,
+            masks=[
+                TokenMask(i, self._without_stops[int(drawing[i])])
+                for i in np.flatnonzero(drawn < self._first_stops[drawing]).tolist()
+            ],
         )
 
     def _sampling(self, lanes: Int32, positions: Int32) -> SamplingColumns:
         """Parameters of the rows that draw the token at `positions`."""
         temperature, top_p, min_p, presence, frequency, repetition = self._reals.take(lanes, axis=1)
         top_k, choice, top_n = self._integers.take(lanes, axis=1)
-        bias_rows = 2 * lanes + (positions < self._first_stops[lanes])
-        bias_lens = self._bias_ids.lens[bias_rows]
-        bias_offsets, bias_ids = gather(self._bias_ids.values, bias_rows, bias_lens)
-        bias_values: Float32 = gather(self._bias_values.values, bias_rows, bias_lens)[1]
+        bias_lens = self._bias_ids.lens[lanes]
+        bias_offsets, bias_ids = gather(self._bias_ids.values, lanes, bias_lens)
+        bias_values: Float32 = gather(self._bias_values.values, lanes, bias_lens)[1]
         # A token still being sampled is not in the lane yet: the executor appends it.
         history_lens = np.where(self._needs_history[lanes], self._tokens.lens[lanes], np.int32(0))
         history_offsets, history_ids = gather(self._tokens.values, lanes, history_lens)

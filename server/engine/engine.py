@@ -71,7 +71,7 @@ class Engine:
         self._depth = steps_in_flight
         self._clock_us = clock_us
         self._scheduler = Scheduler(limits, BlockPool(layout.num_blocks, layout.block_size))
-        self._packer = BatchPacker(limits.lanes, layout.block_size)
+        self._packer = BatchPacker(limits.lanes, layout.block_size, info.vocab_size)
         self._packer.warm_up()
         self._flights: deque[Flight] = deque()
         self._steps = 0

@@ -68,15 +68,15 @@ class FakeExecutor:
 
     def _sample(self, batch: Batch, i: int, context: list[int]) -> int:
         s = batch.sampling
-        ids = s.bias_ids[s.bias_offsets[i] : s.bias_offsets[i + 1]].tolist()
-        values = s.bias_values[s.bias_offsets[i] : s.bias_offsets[i + 1]].tolist()
         history = s.history_ids[s.history_offsets[i] : s.history_offsets[i + 1]].tolist()
         if s.repetition_penalty[i] != 1:
             assert context in (history, history[: len(context)], [*history, context[-1]])
         else:
             assert history == []
         assert s.position[i] == len(context)
-        banned = frozenset(v for v, bias in zip(ids, values, strict=True) if bias == -np.inf)
+        words = next((mask.words for mask in batch.masks if mask.row == i), None)
+        allowed = range(VOCABULARY) if words is None else [v for v in range(VOCABULARY) if words[v // 32] >> v % 32 & 1]
+        banned = frozenset(range(VOCABULARY)).difference(allowed)
         return draw(context, int(s.seed[i]), int(s.choice[i]), int(s.position[i]), banned)
 
     @staticmethod
