@@ -1,6 +1,6 @@
 """Streams the tensors of a checkpoint as float32, one at a time."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from io import BufferedReader
 from typing import Any
 
@@ -16,10 +16,13 @@ Float32 = NDArray[np.float32]
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 STORED: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
-CHUNK = 16 * 1024 * 1024  # numbers read at once: bounds memory, paces progress
+CHUNK = 4 * 1024 * 1024  # numbers read at once: bounds memory, paces progress
 
 
-def find_weights(checkpoint: Checkpoint) -> list[tuple[Weight, SafetensorsFile, Tensor]]:
+Found = tuple[Weight, SafetensorsFile, Tensor]
+
+
+def find_weights(checkpoint: Checkpoint) -> list[Found]:
     """Match what the model needs with what the files hold; reads no data.
 
     CheckpointError for a tensor that is missing, has another shape or a dtype that is not supported, and for
@@ -50,12 +53,11 @@ def find_weights(checkpoint: Checkpoint) -> list[tuple[Weight, SafetensorsFile, 
     return found
 
 
-def stream_weights(checkpoint: Checkpoint, progress: Progress) -> Iterator[tuple[Weight, Float32]]:
-    """Yield every weight, float32 of its shape, owned by the caller.
+def stream_weights(found: Sequence[Found], progress: Progress) -> Iterator[tuple[Weight, Float32]]:
+    """Yield each weight, float32 of its shape, owned by the caller.
 
     CheckpointError for a number that is not finite.
     """
-    found = find_weights(checkpoint)
     total = sum(tensor.end - tensor.begin for _, _, tensor in found)
     done = 0
     for weight, file, tensor in found:

@@ -15,7 +15,7 @@ from millrace.server.config import BUILTIN, EngineConfig
 from millrace.server.errors import CheckpointError
 from millrace.server.model.checkpoint import Checkpoint
 from millrace.server.model.executors import create_executor
-from millrace.server.model.weights import stream_weights
+from millrace.server.model.weights import find_weights, stream_weights
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 GATE = "model.layers.1.mlp.gate_proj.weight"
@@ -190,7 +190,9 @@ def test_weights_are_exact_and_counted(checkpoint: Callable[[str], Path], tmp_pa
     seen: list[tuple[int, int]] = []
     read = {
         weight.name: values
-        for weight, values in stream_weights(Checkpoint.open(directory), lambda *counts: seen.append(counts))
+        for weight, values in stream_weights(
+            find_weights(Checkpoint.open(directory)), lambda *counts: seen.append(counts)
+        )
     }
     assert read.keys() == written.keys()
     for name, tensor in written.items():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from millrace.server.model.executors import reference_model
 from millrace.server.model.executors.base import Output
 
 TOLERANCE = 1e-5
@@ -26,6 +27,13 @@ def prompt(seed: int, length: int = LENGTH) -> list[int]:
 def test_chunking(executor, chunk: int, steps: SimpleNamespace) -> None:
     whole = steps.all_logits(executor, prompt(1), LENGTH, range(10))
     pieces = steps.all_logits(executor, prompt(1), chunk, range(31, 20, -1))
+    torch.testing.assert_close(pieces, whole, atol=TOLERANCE, rtol=0)
+
+
+def test_long_rows_cut_into_pieces(executor, steps: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = steps.all_logits(executor, prompt(1), LENGTH, range(10))
+    monkeypatch.setattr(reference_model, "MAX_SCORES", 4 * LENGTH * 11)
+    pieces = steps.all_logits(executor, prompt(1), LENGTH, range(10))
     torch.testing.assert_close(pieces, whole, atol=TOLERANCE, rtol=0)
 
 

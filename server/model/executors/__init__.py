@@ -28,7 +28,7 @@ def create_executor(config: EngineConfig, progress: Callable[[int, int], None]) 
     MissingDependency where PyTorch is not installed.
     """
     checkpoint = Checkpoint.open(config.checkpoint)
-    find_weights(checkpoint)
+    weights = find_weights(checkpoint)
     plan = make_plan(config, checkpoint.spec)
     # Threads that wait for each other by spinning stand still for whole time slices on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -40,7 +40,7 @@ def create_executor(config: EngineConfig, progress: Callable[[int, int], None]) 
 
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    executor = ReferenceExecutor(checkpoint.spec, stream_weights(checkpoint, progress), plan.layout)
+    executor = ReferenceExecutor(checkpoint.spec, stream_weights(weights, progress), plan.layout)
     info = BackendInfo(
         fingerprint=checkpoint.fingerprint(plan.executor, plan.dtype),
         executor=plan.executor,

@@ -10,6 +10,7 @@ from millrace.server.model.spec import ModelSpec
 
 REFERENCE_BLOCK_SIZE = 16
 FLOAT_BYTES = 4
+MAX_SCORES = 1 << 24  # attention scores computed at once; bounds what a long context takes
 MIB = 1024 * 1024
 
 
@@ -59,10 +60,13 @@ def make_plan(config: EngineConfig, spec: ModelSpec, available: int | None = Non
 
 def fixed_bytes(spec: ModelSpec, tokens: int, sequences: int, context: int) -> int:
     """Memory of everything but the KV cache: weights, the widest arrays of a step, and 64 MiB for the rest."""
-    widest = max(layer.mlp.size * 3 for layer in spec.layers)
-    attention = max(layer.attention.heads for layer in spec.layers) * context * 3
-    step = tokens * (spec.hidden_size * 6 + widest + attention) + min(sequences, tokens) * spec.vocab_size * 3
-    return (spec.parameters + step) * FLOAT_BYTES + 64 * MIB
+    attention = [layer.attention for layer in spec.layers]
+    scores = min(tokens * context * max(a.heads for a in attention), MAX_SCORES)
+    gathered = context * max(a.kv_heads * a.head_dim for a in attention) * 2
+    hidden = tokens * (spec.hidden_size * 6 + max(layer.mlp.size for layer in spec.layers) * 3)
+    logits = min(sequences, tokens) * spec.vocab_size
+    step = scores * 3 + gathered * 2 + hidden + logits * 2
+    return (spec.parameters + step) * FLOAT_BYTES + tokens * context * 3 + 64 * MIB
 
 
 def _default_blocks(needed: int, sequences: int, fitting: int) -> int:

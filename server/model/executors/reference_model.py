@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from millrace.server.model.executors.base import Batch, Float32, KVLayout
+from millrace.server.model.executors.plan import MAX_SCORES
 from millrace.server.model.rotary import frequencies
 from millrace.server.model.spec import AttentionSpec, LayerSpec, MLPSpec, ModelSpec, NormSpec, RotarySpec, Weight
 
@@ -33,7 +34,7 @@ Roles = Mapping[str, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """What tokens begin:end of the step may see: one row of the batch."""
+    """What tokens begin:end of the step may see: a row of the batch, or a piece of a long one."""
 
     begin: int
     end: int
@@ -47,7 +48,7 @@ class Step:
 
     slots: Tensor  # int64 [tokens], where keys and values of the step go
     turns: Mapping[RotarySpec, tuple[Tensor, Tensor]]  # cosine and sine, [tokens, 1, dim / 2]
-    views: Mapping[int | None, list[View]]  # by window, then by row
+    views: Mapping[int | None, list[View]]  # by window
 
 
 class ReferenceModel:
@@ -97,17 +98,23 @@ class ReferenceModel:
             angles = (positions[:, None] * torch.from_numpy(radians))[:, None]
             turns[rotary] = (angles.cos() * scale, angles.sin() * scale)
         windows = {layer.attention.window for layer in self.spec.layers}
-        rows = range(len(batch.outputs))
-        views = {window: [view(batch, row, window, self.block_size) for row in rows] for window in windows}
+        pieces = [piece for row in range(len(batch.outputs)) for piece in self._pieces(batch, row)]
+        views = {window: [view(batch, *piece, window, self.block_size) for piece in pieces] for window in windows}
         return Step(torch.from_numpy(batch.slots).long(), turns, views)
 
+    def _pieces(self, batch: Batch, row: int) -> Iterable[tuple[int, int, int]]:
+        """Cut the tokens of a row so that the scores of a piece stay within MAX_SCORES: row, begin, end."""
+        begin, end = int(batch.offsets[row]), int(batch.offsets[row + 1])
+        heads = max(layer.attention.heads for layer in self.spec.layers)
+        step = max(MAX_SCORES // (heads * int(batch.context_lens[row])), 1)
+        return ((row, start, min(start + step, end)) for start in range(begin, end, step))
 
-def view(batch: Batch, row: int, window: int | None, block_size: int) -> View:
+
+def view(batch: Batch, row: int, begin: int, end: int, window: int | None, block_size: int) -> View:
     """The keys begin and end at multiples of SPAN, hidden ones standing in for those that are not there."""
-    begin, end = int(batch.offsets[row]), int(batch.offsets[row + 1])
     positions = batch.positions[begin:end, None]
     first = 0 if window is None else max(int(positions[0, 0]) - window + 1, 0)
-    context = int(batch.context_lens[row])
+    context = int(positions[-1, 0]) + 1
     keys = np.arange(first // SPAN * SPAN, -(-context // SPAN) * SPAN)
     hidden = (keys > positions) | (keys < (first if window is None else positions - window + 1))
     own = np.where((keys < first) | (keys >= context), context - 1, keys)
@@ -149,9 +156,9 @@ def attention(spec: AttentionSpec, norm: NormSpec, weights: Roles, cache: Tensor
     cache[0, step.slots] = rotate(heads("k", spec.kv_heads), *turns)
     cache[1, step.slots] = heads("v", spec.kv_heads)
     out = torch.empty(len(x), spec.heads * spec.head_dim)
-    for row in step.views[spec.window]:
-        keys, values = cache[:, row.slots]
-        out[row.begin : row.end] = attend(spec, q[row.begin : row.end], keys, values, row.hidden)
+    for seen in step.views[spec.window]:
+        keys, values = cache[:, seen.slots]
+        out[seen.begin : seen.end] = attend(spec, q[seen.begin : seen.end], keys, values, seen.hidden)
     return linear(out, weights["o"], weights.get("o_bias"))
 
 
