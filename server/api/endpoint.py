@@ -1,0 +1,175 @@
+"""The way of every RPC: who calls, read, check, do, and how it ended.
+
+A handler is registered as stream-stream, whatever its method is: the wire does not differ, and so it runs as
+soon as the headers are there. The runtime reads the whole body before it runs a handler of a unary request,
+which lets callers without a key fill the memory with unfinished uploads.
+"""
+
+import asyncio
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+from prometheus_client import Counter
+
+from millrace.server.api import bounds
+from millrace.server.api.status import Failure, failure, public
+from millrace.server.errors import DeadlineExceeded, InvalidRequest, SlowReader
+from millrace.server.telemetry.logs import get_logger
+from millrace.server.types import Caller
+
+BODY_TIMEOUT = 10.0  # seconds from headers to the end of the request message
+MAX_BODIES = 64  # request messages of one caller and method that are read at once; the others wait in line
+
+log = get_logger()
+
+Context = grpc.aio.ServicerContext[bytes, bytes]
+Authenticate = Callable[[str | None], Caller]
+
+
+class Policy(Enum):
+    """Who may call a method."""
+
+    PUBLIC = "public"  # anyone
+    TENANT = "tenant"  # whoever `authenticate` knows
+
+
+PUBLIC_CALLER = Caller(tenant="")
+
+
+class Stream:
+    """Where a method writes its answers."""
+
+    def __init__(self, context: Context, slow_reader_timeout: float):
+        self._context, self._timeout = context, slow_reader_timeout
+
+    async def write(self, message: Message) -> None:
+        """Send a message. Raises SlowReader if the client's window stays full for too long."""
+        try:
+            async with asyncio.timeout(self._timeout):
+                await self._context.write(message.SerializeToString())
+        except TimeoutError:
+            raise SlowReader(
+                f"the client took nothing for {self._timeout:g} seconds; read the stream as it comes"
+            ) from None
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """`run` is `async (request, caller) -> response`, or `async (request, caller, stream) -> None` if it streams."""
+
+    service: str
+    name: str
+    policy: Policy
+    request: type[Message]
+    run: Callable[..., Awaitable[Any]]
+    client_streams: bool = False
+    server_streams: bool = False
+
+    @property
+    def path(self) -> str:
+        return f"/{self.service}/{self.name}"
+
+    @property
+    def is_ours(self) -> bool:
+        return self.request.DESCRIPTOR.file.package == "millrace.v1"
+
+
+class Outcome:
+    """How an RPC ended, for the log and the metrics."""
+
+    def __init__(self) -> None:
+        self.started = time.monotonic()
+        self.caller = PUBLIC_CALLER
+        self.code, self.reason = grpc.StatusCode.CANCELLED, ""
+
+    @property
+    def facts(self) -> dict[str, object]:
+        return {
+            "tenant": self.caller.tenant,
+            "code": self.code.name,
+            "reason": self.reason,
+            "seconds": round(time.monotonic() - self.started, 6),
+        }
+
+
+class Endpoint:
+    """One method on the server."""
+
+    def __init__(self, method: Method, authenticate: Authenticate, slow_reader_timeout: float, rpcs: Counter):
+        self._method, self._authenticate, self._rpcs = method, authenticate, rpcs
+        self._slow_reader_timeout = slow_reader_timeout
+        self._bodies: defaultdict[Caller, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(MAX_BODIES))
+
+    async def serve(self, _: AsyncIterator[bytes], context: Context) -> None:
+        outcome = Outcome()
+        try:
+            failed = await self._attempt(context, outcome)
+            if failed:
+                outcome.code, outcome.reason = failed.code, failed.reason
+                await context.abort(failed.code, failed.message, failed.trailing_metadata)
+            outcome.code = grpc.StatusCode.OK
+        finally:
+            self._rpcs.labels(self._method.path, outcome.code.name).inc()
+            if self._method.policy is Policy.TENANT:
+                log.info("rpc", method=self._method.path, **outcome.facts)
+
+    async def _attempt(self, context: Context, outcome: Outcome) -> Failure | None:
+        """Run the method; return the failure to report. Cancellation and a lost client pass through."""
+        try:
+            outcome.caller = self._admit(context)
+            await self._run(outcome.caller, context)
+        except grpc.aio.BaseError:
+            raise
+        except Exception as error:
+            return self._report(error)
+        return None
+
+    def _report(self, error: Exception) -> Failure:
+        shown = public(error)
+        if shown is not error:
+            log.error("internal error", method=self._method.path, exc_info=error, **shown.metadata)
+        return failure(shown)
+
+    def _admit(self, context: Context) -> Caller:
+        """Decide by the headers alone. Raises Unauthenticated."""
+        if self._method.policy is Policy.PUBLIC:
+            return PUBLIC_CALLER
+        values = [value for key, value in context.invocation_metadata() or () if key == "authorization"]
+        value = values[0] if len(values) == 1 else None
+        return self._authenticate(value.decode("latin-1") if isinstance(value, bytes) else value)
+
+    async def _run(self, caller: Caller, context: Context) -> None:
+        stream = Stream(context, self._slow_reader_timeout)
+        request = await self._read(caller, context)
+        if request is None and not self._method.client_streams:
+            raise InvalidRequest("the call ended without a request message")
+        while request is not None:
+            if self._method.server_streams:
+                await self._method.run(request, caller, stream)
+            else:
+                await stream.write(await self._method.run(request, caller))
+            request = await self._read(caller, context) if self._method.client_streams else None
+
+    async def _read(self, caller: Caller, context: Context) -> Message | None:
+        """The next request message, checked; None after the last."""
+        async with self._bodies[caller]:
+            try:
+                async with asyncio.timeout(BODY_TIMEOUT):
+                    raw = await context.read()
+            except TimeoutError:
+                raise DeadlineExceeded(f"no complete request message came within {BODY_TIMEOUT:g} seconds") from None
+        if not isinstance(raw, bytes):
+            return None
+        try:
+            request = self._method.request.FromString(raw)
+        except DecodeError as error:
+            raise InvalidRequest(f"this is no valid {self._method.request.DESCRIPTOR.full_name}: {error}") from None
+        if self._method.is_ours:
+            bounds.check(request)
+        return request
