@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from millrace.server.errors import RequestError
+from millrace.server.errors import InternalError, RequestError
 from millrace.server.gateway.choices import Choices
 from millrace.server.telemetry.logs import get_logger
 from millrace.server.telemetry.metrics import Metrics
@@ -65,8 +65,7 @@ class RequestRecord:
             outcome = error.reason
             raise
         except Exception:
-            outcome = "INTERNAL"
-            log.exception("request broke", request_id=self.request_id)
+            outcome = InternalError.reason
             raise
         finally:
             self._write(outcome)

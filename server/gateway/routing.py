@@ -1,13 +1,11 @@
 """Which models there are, under which names, and what runs them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
-from pathlib import Path
 
 from millrace.server.backends.base import Backend
 from millrace.server.errors import ModelNotFound, RequestError, Unavailable
-from millrace.server.gateway.generation_config import read_generation_config
 from millrace.server.text.template import ChatTemplate
 from millrace.server.text.tokenizer import Tokenizer
 from millrace.server.types import BackendInfo, Sampling
@@ -39,21 +37,6 @@ class ModelCard:
     aliases: tuple[str, ...] = ()
     default_sampling: Sampling = field(default_factory=Sampling)
     stop_token_ids: frozenset[int] = frozenset()
-
-    @classmethod
-    def load(cls, name: str, directory: Path, backend: Backend, aliases: Sequence[str] = ()) -> "ModelCard":
-        """Read all of a checkpoint but its weights. Raises CheckpointError, one line."""
-        tokenizer = Tokenizer.load(directory)
-        config = read_generation_config(directory, tokenizer.eos_id)
-        return cls(
-            name=name,
-            tokenizer=tokenizer,
-            backend=backend,
-            template=ChatTemplate.load(directory, tokenizer),
-            aliases=tuple(aliases),
-            default_sampling=config.sampling,
-            stop_token_ids=config.stop_token_ids,
-        )
 
     @property
     def capabilities(self) -> tuple[str, ...]:
