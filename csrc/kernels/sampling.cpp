@@ -22,6 +22,7 @@ using sampling::Passes;
 using sampling::Scale;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kLargest = std::numeric_limits<float>::max();
 constexpr std::uint32_t kSeen = 1U << 31;
 
 template <typename T>
@@ -37,6 +38,7 @@ struct Workspace {
   std::vector<std::uint32_t> occurrences;  // all 0 between rows
   std::vector<std::int32_t> block_highest;
   std::vector<std::uint64_t> block_mass;
+  std::vector<std::uint8_t> bin_of;
   std::vector<std::int32_t> thresholds;
   std::vector<Candidate> candidates;
 };
@@ -124,7 +126,7 @@ class RowSampler {
     const float temperature = in_.temperature[row_];
     if (temperature == 0) return first_highest();
     // Capped, so that the distance 0 stays 0 at temperatures whose reciprocal is infinite.
-    scale_ = {highest_, std::min(std::numbers::log2e_v<float> / temperature, std::numeric_limits<float>::max())};
+    scale_ = {highest_, std::min(std::numbers::log2e_v<float> / temperature, kLargest)};
     const std::int32_t top_k = in_.top_k[row_];
     return top_k > 0 && top_k < vocab_ ? draw_from_top_k(top_k) : draw_from_all();
   }
@@ -163,26 +165,31 @@ class RowSampler {
     // Tokens lighter than an even share of the rest are never needed: bins below it would be wasted.
     const double share = static_cast<double>(total - need + 1) / static_cast<double>(vocab_);
     const double depth = std::clamp(std::log2(static_cast<double>(sampling::kOne) / share), 0.01, 32.0);
-    const sampling::Bins bins{highest_, static_cast<float>(kBins - 1) / static_cast<float>(depth) *
-                                            scale_.log2_per_logit};
-    if (!std::isfinite(bins.bins_per_logit)) return complete_among(0, {highest_, 1}, need);
+    const float bins_per_log2 = static_cast<float>(kBins - 1) / static_cast<float>(depth);
+    // Capped as the scale is.
+    const sampling::Bins bins{highest_, std::min(bins_per_log2 * scale_.log2_per_logit, kLargest)};
+    std::uint8_t* bin_of = ensure(space_.bin_of, static_cast<std::size_t>(vocab_));
     sampling::Histogram mass;
-    passes_.histogram(logits_, weights, vocab_, space_.block_mass.data(), bins, mass);
-    const std::int32_t chosen = sampling::reach(mass, need);
-    return complete_among(chosen, bins, need);
+    passes_.histogram(logits_, weights, vocab_, space_.block_mass.data(), bins, bin_of, mass);
+    gather_bin(static_cast<std::uint8_t>(sampling::reach(mass, need)));
+    return sampling::completes(space_.candidates, need);
   }
 
-  // Among the tokens of one bin.
-  Candidate complete_among(std::int32_t chosen, sampling::Bins bins, std::uint64_t need) {
+  // The tokens of one bin that have mass, in ascending order, into `candidates`.
+  void gather_bin(std::uint8_t chosen) {
+    constexpr std::int32_t kStretch = 32;
     space_.candidates.clear();
-    for (std::int32_t begin = 0, block = 0; begin < vocab_; begin += kBlock, ++block) {
-      if (space_.block_mass[static_cast<std::size_t>(block)] == 0) continue;
-      for (std::int32_t id = begin, end = std::min(begin + kBlock, vocab_); id < end; ++id) {
-        const std::int32_t w = space_.weights[static_cast<std::size_t>(id)];
-        if (w > 0 && sampling::bin(logits_[id], bins) == chosen) space_.candidates.push_back({logits_[id], id, w});
+    for (std::int32_t begin = 0; begin < vocab_; begin += kStretch) {
+      if (space_.block_mass[static_cast<std::size_t>(begin / kBlock)] == 0) continue;
+      const std::uint8_t* bins = space_.bin_of.data() + begin;
+      const std::int32_t length = std::min(kStretch, vocab_ - begin);
+      std::uint8_t found = 0;
+      for (std::int32_t i = 0; i < length; ++i) found |= static_cast<std::uint8_t>(bins[i] == chosen);
+      for (std::int32_t i = 0; found != 0 && i < length; ++i) {
+        const std::int32_t id = begin + i, w = space_.weights[static_cast<std::size_t>(id)];
+        if (bins[i] == chosen && w > 0) space_.candidates.push_back({logits_[id], id, w});
       }
     }
-    return sampling::completes(space_.candidates, need);
   }
 
   std::int32_t draw_from_top_k(std::int32_t top_k) {

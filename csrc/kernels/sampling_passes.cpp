@@ -69,16 +69,15 @@ MILLRACE_INLINE std::uint64_t weigh_body(const float* logits, std::int32_t count
 
 // Four tables, so that equal bins in a row do not wait for one another's store.
 MILLRACE_INLINE void histogram_body(const float* logits, const std::int32_t* weights, std::int32_t count,
-                                    const std::uint64_t* block_mass, Bins bins, Histogram& mass) {
+                                    const std::uint64_t* block_mass, Bins bins, std::uint8_t* bin_of,
+                                    Histogram& mass) {
   std::array<Histogram, 4> tables{};
-  std::array<std::int32_t, kBlock> of{};
   for (std::int32_t begin = 0, block = 0; begin < count; begin += kBlock, ++block) {
     if (block_mass[block] == 0) continue;
-    const std::int32_t length = std::min(kBlock, count - begin);
-    for (std::int32_t i = 0; i < length; ++i) of[static_cast<std::size_t>(i)] = bin(logits[begin + i], bins);
-    for (std::int32_t i = 0; i < length; ++i) {
-      const auto at = static_cast<std::size_t>(i);
-      tables[at % 4][static_cast<std::size_t>(of[at])] += static_cast<std::uint64_t>(weights[begin + i]);
+    const std::int32_t end = std::min(begin + kBlock, count);
+    for (std::int32_t i = begin; i < end; ++i) bin_of[i] = static_cast<std::uint8_t>(bin(logits[i], bins));
+    for (std::int32_t i = begin; i < end; ++i) {
+      tables[static_cast<std::size_t>(i) % 4][bin_of[i]] += static_cast<std::uint64_t>(weights[i]);
     }
   }
   for (std::size_t b = 0; b < kBins; ++b) mass[b] = tables[0][b] + tables[1][b] + tables[2][b] + tables[3][b];
@@ -117,8 +116,8 @@ MILLRACE_INLINE std::uint64_t keep_body(const float* logits, std::int32_t count,
     return weigh_body(logits, count, scale, block_highest, weights, block_mass);                                      \
   }                                                                                                                   \
   TARGET void histogram(const float* logits, const std::int32_t* weights, std::int32_t count,                         \
-                        const std::uint64_t* block_mass, Bins bins, Histogram& mass) {                                \
-    histogram_body(logits, weights, count, block_mass, bins, mass);                                                   \
+                        const std::uint64_t* block_mass, Bins bins, std::uint8_t* bin_of, Histogram& mass) {                                \
+    histogram_body(logits, weights, count, block_mass, bins, bin_of, mass);                                                   \
   }                                                                                                                   \
   TARGET std::uint64_t keep(const float* logits, std::int32_t count, Cut cut, std::int32_t* weights,                  \
                             std::uint64_t* block_mass) {                                                              \

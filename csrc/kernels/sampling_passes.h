@@ -11,7 +11,7 @@
 
 namespace millrace::sampling {
 
-inline constexpr std::int32_t kBlock = 256;  // tokens that are skipped, summed or searched together
+inline constexpr std::int32_t kBlock = 128;  // tokens that are skipped, summed or searched together
 inline constexpr std::int32_t kBins = 256;
 inline constexpr float kOne = 1073741824.0F;  // 2^30: the weight of the most likely token
 
@@ -55,9 +55,9 @@ struct Passes {
   // Weights and their sum by block; a block of zeros is left unwritten, its mass 0. Returns the sum of all.
   std::uint64_t (*weigh)(const float* logits, std::int32_t count, Scale scale, const std::int32_t* block_highest,
                          std::int32_t* weights, std::uint64_t* block_mass);
-  // Mass by bin, over the blocks of some mass.
+  // Bins, and mass by bin, of the blocks that have mass.
   void (*histogram)(const float* logits, const std::int32_t* weights, std::int32_t count,
-                    const std::uint64_t* block_mass, Bins bins, Histogram& mass);
+                    const std::uint64_t* block_mass, Bins bins, std::uint8_t* bin_of, Histogram& mass);
   // Weights of the others become 0. Returns the sum of all.
   std::uint64_t (*keep)(const float* logits, std::int32_t count, Cut cut, std::int32_t* weights,
                         std::uint64_t* block_mass);
@@ -87,7 +87,7 @@ MILLRACE_INLINE float exp2_nonpositive(float t) {
   p = p * f + 0x1.ebf9bcp-3F;
   p = p * f + 0x1.62e42ap-1F;
   p = p * f + 1.0F;
-  return std::bit_cast<float>(std::bit_cast<std::int32_t>(p) + n * (1 << 23));
+  return std::bit_cast<float>(std::bit_cast<std::int32_t>(p) + (n << 23));
 }
 
 MILLRACE_INLINE std::int32_t weight(float logit, Scale scale) {
