@@ -1,0 +1,84 @@
+"""What both clients share: the messages they send, the parts of an answer they return."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from millrace.server.client.connection import TLS, Connection
+from millrace.server.client.failures import request_error
+from millrace.server.client.requests import chat_prompt
+from millrace.server.errors import ModelNotFound, RequestError
+from millrace.server.types import Message
+from millrace.v1 import generation_pb2 as pb
+from millrace.v1 import (
+    generation_pb2_grpc,
+    model_pb2,
+    model_pb2_grpc,
+    tokenizer_pb2,
+    tokenizer_pb2_grpc,
+)
+
+
+class Calls:
+    """`model`: used where a call names none; None means the first one that the server lists.
+    `timeout`: the deadline of each call in seconds; None means none."""
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        api_key: str | None = None,
+        model: str | None = None,
+        tls: TLS | None = None,
+        timeout: float | None = None,
+    ):
+        self.connection = Connection(address, api_key, tls)
+        self.model = model
+        self.timeout = timeout
+
+    def _make_stubs(self, channel: Any) -> None:  # grpc.Channel or grpc.aio.Channel: the stubs take either
+        self._generation = generation_pb2_grpc.GenerationServiceStub(channel)
+        self._tokenizer = tokenizer_pb2_grpc.TokenizerServiceStub(channel)
+        self._models = model_pb2_grpc.ModelServiceStub(channel)
+        self._health = health_pb2_grpc.HealthStub(channel)
+
+    @property
+    def _call_options(self) -> dict[str, Any]:
+        return {"timeout": self.timeout, "metadata": self.connection.metadata}
+
+    def _error(self, failure: grpc.RpcError) -> RequestError:
+        return request_error(failure, self.connection.target)
+
+
+def first_model(models: Sequence[model_pb2.Model]) -> str:
+    if not models:
+        raise ModelNotFound("the server has no model", resource_type="model", resource_name="")
+    return models[0].name
+
+
+def tokenize_request(model: str, text: str, add_special_tokens: bool) -> tokenizer_pb2.TokenizeRequest:
+    return tokenizer_pb2.TokenizeRequest(model=model, texts=[text], add_special_tokens=add_special_tokens)
+
+
+def detokenize_request(model: str, token_ids: Sequence[int]) -> tokenizer_pb2.DetokenizeRequest:
+    return tokenizer_pb2.DetokenizeRequest(model=model, sequences=[pb.TokenIds(ids=token_ids)])
+
+
+def render_request(model: str, messages: Sequence[Message]) -> tokenizer_pb2.RenderChatRequest:
+    return tokenizer_pb2.RenderChatRequest(model=model, chat=chat_prompt(messages))
+
+
+def health_request(service: str) -> health_pb2.HealthCheckRequest:
+    return health_pb2.HealthCheckRequest(service=service)
+
+
+def health_name(response: health_pb2.HealthCheckResponse) -> str:
+    return str(health_pb2.HealthCheckResponse.ServingStatus.Name(response.status))
+
+
+def new_text(event: pb.StreamGenerateResponse) -> str:
+    """What the first choice gained."""
+    return "".join(choice.text for choice in event.deltas.choices if choice.index == 0)

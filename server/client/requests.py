@@ -1,0 +1,93 @@
+"""Building `GenerateRequest` messages from keyword arguments."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypedDict, cast
+
+from google.protobuf.message import Message as ProtoMessage
+
+from millrace.server.types import Message, Role
+from millrace.v1 import generation_pb2 as pb
+
+ROLES = {
+    Role.SYSTEM: pb.CHAT_ROLE_SYSTEM,
+    Role.USER: pb.CHAT_ROLE_USER,
+    Role.ASSISTANT: pb.CHAT_ROLE_ASSISTANT,
+    Role.TOOL: pb.CHAT_ROLE_TOOL,
+}
+Prompt = str | Sequence[int] | Sequence[Message]
+"""Text, token ids, or a conversation that the model's chat template renders."""
+
+
+class Options(TypedDict, total=False):
+    """Fields of `SamplingParams`, `StoppingCriteria` and `GenerateRequest`; what is not given is unset there.
+
+    Units, ranges and defaults: `proto/millrace/v1/generation.proto`, except `logprobs` (the number of most
+    likely tokens to report beside the chosen one) and `time_limit` (seconds).
+    """
+
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
+    seed: int
+    n: int
+    logit_bias: Mapping[int, float]
+    max_output_tokens: int
+    min_output_tokens: int
+    stop_strings: Iterable[str]
+    stop_token_ids: Iterable[int]
+    ignore_eos: bool
+    include_stop: bool
+    time_limit: float
+    truncate_prompt_tokens: int
+    text: bool
+    token_ids: bool
+    prompt_token_ids: bool
+    continuous_usage: bool
+    logprobs: int
+    max_tokens_per_message: int
+    request_id: str
+    labels: Mapping[str, str]
+
+
+def generate_request(prompt: Prompt, model: str, options: Options) -> pb.GenerateRequest:
+    """Raises TypeError for an option that there is not, ValueError for one that its field cannot hold."""
+    request = pb.GenerateRequest(model=model)
+    set_prompt(request, prompt)
+    for name, value in options.items():
+        if name == "logprobs":
+            request.output.logprobs.top_n = cast(int, value)
+        elif name == "time_limit":
+            request.stopping.time_limit.FromNanoseconds(round(cast(float, value) * 1e9))
+        else:
+            _set(request, name, value)
+    return request
+
+
+def _set(request: pb.GenerateRequest, name: str, value: object) -> None:
+    parts: tuple[ProtoMessage, ...] = (request.sampling, request.stopping, request.output, request.stream, request)
+    part = next((p for p in parts if name in p.DESCRIPTOR.fields_by_name and name in Options.__annotations__), None)
+    if part is None:
+        raise TypeError(f"there is no option `{name}`; there are {', '.join(sorted(Options.__annotations__))}")
+    constructor: Any = type(part)  # it takes scalars, lists and maps alike
+    part.MergeFrom(constructor(**{name: value}))
+
+
+def set_prompt(request: pb.GenerateRequest, prompt: Prompt) -> None:
+    if isinstance(prompt, str):
+        request.text = prompt
+    elif prompt and isinstance(prompt[0], Message):
+        request.chat.CopyFrom(chat_prompt(cast(Sequence[Message], prompt)))
+    else:
+        request.token_ids.CopyFrom(pb.TokenIds(ids=cast(Sequence[int], prompt)))
+
+
+def chat_prompt(messages: Sequence[Message]) -> pb.ChatPrompt:
+    return pb.ChatPrompt(
+        messages=[
+            pb.ChatMessage(role=ROLES[m.role], parts=[pb.ContentPart(text=m.content)], name=m.name) for m in messages
+        ]
+    )

@@ -1,0 +1,106 @@
+"""The client for threads and scripts."""
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
+from types import TracebackType
+from typing import Any, Self, Unpack
+
+import grpc
+
+from millrace.server.client.calls import (
+    Calls,
+    detokenize_request,
+    first_model,
+    health_name,
+    health_request,
+    new_text,
+    render_request,
+    tokenize_request,
+)
+from millrace.server.client.connection import CHANNEL_OPTIONS, DEFAULT_ADDRESS
+from millrace.server.client.requests import Options, Prompt, generate_request
+from millrace.server.types import Message
+from millrace.v1 import generation_pb2 as pb
+from millrace.v1 import model_pb2
+
+
+class Client(Calls):
+    """Every method raises a `RequestError` as the server did. Safe to share between threads."""
+
+    def __init__(self, address: str = DEFAULT_ADDRESS, **options: Any):
+        super().__init__(address, **options)
+        target, credentials = self.connection.target, self.connection.credentials
+        self._channel = (
+            grpc.secure_channel(target, credentials, CHANNEL_OPTIONS)
+            if credentials
+            else grpc.insecure_channel(target, CHANNEL_OPTIONS)
+        )
+        self._make_stubs(self._channel)
+
+    def generate(self, prompt: Prompt, *, model: str | None = None, **options: Unpack[Options]) -> pb.GenerateResponse:
+        """Run to completion."""
+        request = generate_request(prompt, self._name(model), options)
+        answer: pb.GenerateResponse = self._call(self._generation.Generate, request)
+        return answer
+
+    def stream(
+        self, prompt: Prompt, *, model: str | None = None, **options: Unpack[Options]
+    ) -> Generator[pb.StreamGenerateResponse, None, None]:
+        """Iterate over one `started`, `deltas`, one `completed`. Closing the generator cancels the request."""
+        request = generate_request(prompt, self._name(model), options)
+        call = self._generation.StreamGenerate(request, **self._call_options)
+        try:
+            yield from call
+        except grpc.RpcError as failure:
+            raise self._error(failure) from failure
+        finally:
+            call.cancel()
+
+    def stream_text(
+        self, prompt: Prompt, *, model: str | None = None, **options: Unpack[Options]
+    ) -> Generator[str, None, None]:
+        """Iterate over the new text of the first choice."""
+        with closing(self.stream(prompt, model=model, **options)) as events:
+            yield from filter(None, map(new_text, events))
+
+    def tokenize(self, text: str, *, model: str | None = None, add_special_tokens: bool = True) -> list[int]:
+        request = tokenize_request(self._name(model), text, add_special_tokens)
+        return list(self._call(self._tokenizer.Tokenize, request).results[0].token_ids.ids)
+
+    def detokenize(self, token_ids: Sequence[int], *, model: str | None = None) -> str:
+        request = detokenize_request(self._name(model), token_ids)
+        return str(self._call(self._tokenizer.Detokenize, request).texts[0])
+
+    def render_chat(self, messages: Sequence[Message], *, model: str | None = None) -> str:
+        """The text that the model's chat template makes of a conversation."""
+        return str(self._call(self._tokenizer.RenderChat, render_request(self._name(model), messages)).text)
+
+    def models(self) -> list[model_pb2.Model]:
+        return list(self._call(self._models.ListModels, model_pb2.ListModelsRequest(page_size=1000)).models)
+
+    def health(self, service: str = "") -> str:
+        """`SERVING` or `NOT_SERVING`, of the whole server or of one service such as millrace.v1.GenerationService."""
+        return health_name(self._call(self._health.Check, health_request(service)))
+
+    def close(self) -> None:
+        """End every call and the connection. Idempotent."""
+        self._channel.close()
+
+    def _name(self, model: str | None) -> str:
+        if model is None and self.model is None:
+            self.model = first_model(self.models())
+        return model or self.model or ""
+
+    def _call(self, method: Callable[..., Any], request: object) -> Any:
+        try:
+            return method(request, **self._call_options)
+        except grpc.RpcError as failure:
+            raise self._error(failure) from failure
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
