@@ -2,14 +2,12 @@
 
 import hashlib
 from collections.abc import Callable, Iterable
-from types import SimpleNamespace
 
 import numpy as np
-import pytest
 
 from millrace.server.config import EngineConfig
 from millrace.server.engine.engine import Engine
-from millrace.server.engine.sequence import SequenceRequest
+from millrace.server.engine.sequence import SequenceFinished, SequenceRequest
 from millrace.server.model.executors.base import Batch, KVLayout, Output, StepResult
 from millrace.server.types import BackendInfo, FinishReason, Sampling
 
@@ -120,18 +118,37 @@ def make_request(sequence_id: int, prompt: Iterable[int] = (1, 2, 3), **changes:
     return SequenceRequest(sequence_id, f"request-{sequence_id}", "tenant", list(prompt), sampling, **values)
 
 
+class Clock:
+    """Microseconds that pass when the test says so."""
+
+    def __init__(self) -> None:
+        self.now = 0
+
+    def __call__(self) -> int:
+        return self.now
+
+
 def make_engine(
     blocks: int = 64, block_size: int = 4, max_model_len: int = 64, steps_in_flight: int = 1, **settings: int
-) -> Engine:
+) -> tuple[Engine, FakeExecutor, Clock]:
     info = BackendInfo("f", "fake", "hash", 0, VOCABULARY, max_model_len, block_size, blocks)
-    now = iter(range(10**9))
-    config = EngineConfig(**settings)
-    return Engine(FakeExecutor(blocks, block_size), info, config, steps_in_flight, clock_us=lambda: next(now))
+    executor, clock = FakeExecutor(blocks, block_size), Clock()
+    return Engine(executor, info, EngineConfig(**settings), steps_in_flight, clock_us=clock), executor, clock
 
 
-@pytest.fixture
-def fake() -> SimpleNamespace:
-    """The fake executor, the oracle, and builders of requests and engines around them."""
-    return SimpleNamespace(
-        Executor=FakeExecutor, draw=draw, solo=solo, request=make_request, engine=make_engine, vocabulary=VOCABULARY
-    )
+def drain(engine: Engine, most_steps: int = 2000) -> tuple[dict[int, list[int]], dict[int, SequenceFinished]]:
+    """Step until nothing is left; tokens and finishes by sequence. Checks the invariants after every step."""
+    tokens: dict[int, list[int]] = {}
+    finished: dict[int, SequenceFinished] = {}
+    for _ in range(most_steps):
+        if not engine.has_work:
+            return tokens, finished
+        output = engine.step()
+        engine.check()
+        for token in output.tokens:
+            assert token.sequence_id not in finished
+            tokens.setdefault(token.sequence_id, []).append(token.token_id)
+        for finish in output.finished:
+            assert finish.sequence_id not in finished
+            finished[finish.sequence_id] = finish
+    raise AssertionError(f"work is left after {most_steps} steps")
