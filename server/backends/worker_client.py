@@ -1,0 +1,88 @@
+"""`EngineClient`: a worker as a `Backend`."""
+
+import asyncio
+from collections.abc import Callable
+
+import grpc
+
+from millrace.server.backends.engine_link import EngineLink
+from millrace.server.backends.token_stream import MergedStream
+from millrace.server.errors import Draining, EngineRestarting, ModelLoading, RequestError
+from millrace.server.types import BackendInfo, EngineStats, TokenRequest
+
+
+class EngineClient:
+    """Outlives its workers: `connect` again after a link is lost, to the same address or another one.
+
+    When a link is lost each stream ends once: with EngineRestarting if it had delivered no token, else
+    with EngineLost, whose metadata says `tokens_delivered`.
+    """
+
+    def __init__(self, credentials: grpc.ChannelCredentials | None = None):
+        """Credentials are for TCP; see `channel_credentials`."""
+        self._credentials = credentials
+        self._link: EngineLink | None = None
+        self._served = False
+        self._closed = False
+        self._callbacks: list[Callable[[bool], None]] = []
+        self._goodbyes: set[asyncio.Task[None]] = set()
+
+    async def connect(self, address: str) -> EngineLink:
+        """Link to a worker at `unix:PATH` or `HOST:PORT`. Raises Unavailable."""
+        link = EngineLink(address, self._credentials)
+        try:
+            await link.open(self._lost)
+        except BaseException:
+            await link.close()
+            raise
+        self._link, self._served = link, True
+        self._announce(True)
+        return link
+
+    async def generate(self, request: TokenRequest) -> MergedStream:
+        stream = self._present().submit(request)
+        try:
+            await stream.admitted
+        except BaseException:
+            stream.abandon()
+            raise
+        return stream
+
+    def info(self) -> BackendInfo:
+        return self._present().info
+
+    def stats(self) -> EngineStats:
+        return self._link.stats if self._link else EngineStats()
+
+    def on_ready(self, callback: Callable[[bool], None]) -> None:
+        self._callbacks.append(callback)
+        callback(self._link is not None)
+
+    async def close(self) -> None:
+        self._closed = True
+        if self._link is not None:
+            await self._link.close()
+        await asyncio.gather(*self._goodbyes)
+
+    def _present(self) -> EngineLink:
+        if self._link is None:
+            raise self._absence()
+        return self._link
+
+    def _absence(self) -> RequestError:
+        if self._closed:
+            return Draining("the server is shutting down")
+        if self._served:
+            return EngineRestarting("the model's worker is being restarted")
+        return ModelLoading("the model is being loaded")
+
+    def _lost(self, link: EngineLink) -> None:
+        self._link = None
+        goodbye = asyncio.create_task(link.close())
+        self._goodbyes.add(goodbye)
+        goodbye.add_done_callback(self._goodbyes.discard)
+        self._announce(False)
+
+    def _announce(self, ready: bool) -> None:
+        for callback in self._callbacks:
+            callback(ready)

@@ -1,0 +1,121 @@
+"""Translates between the words of the engine link and those of the engine."""
+
+import struct
+from collections.abc import Iterable
+
+from millrace.engine.v1 import engine_pb2 as pb
+from millrace.server.config import EngineConfig
+from millrace.server.engine.sequence import SequenceFinished, SequenceRequest, SequenceToken
+from millrace.server.errors import InvalidRequest, RequestError
+from millrace.server.types import BackendInfo, EngineStats, FinishReason, Sampling
+
+FINISH_REASONS = {
+    FinishReason.STOP: pb.FINISH_REASON_STOP,
+    FinishReason.MAX_TOKENS: pb.FINISH_REASON_MAX_TOKENS,
+    FinishReason.CONTEXT_LENGTH: pb.FINISH_REASON_CONTEXT_LENGTH,
+}
+
+
+def engine_info(info: BackendInfo, config: EngineConfig) -> pb.EngineInfo:
+    return pb.EngineInfo(
+        fingerprint=info.fingerprint,
+        executor=info.executor,
+        architecture=info.architecture,
+        parameters=info.parameters,
+        vocab_size=info.vocab_size,
+        max_model_len=info.max_model_len,
+        max_num_seqs=info.max_num_seqs,
+        max_num_batched_tokens=info.max_num_batched_tokens,
+        kv_block_size=info.kv_block_size,
+        kv_total_blocks=info.kv_total_blocks,
+        max_queued_requests=config.max_queued_requests,
+        max_queued_tokens=config.max_queued_tokens,
+    )
+
+
+def sequence_requests(submit: pb.Submit, sequence_ids: Iterable[int]) -> list[SequenceRequest]:
+    """One for each choice. Raises InvalidRequest."""
+    size = len(submit.prompt_ids_le32)
+    if size % 4:
+        raise InvalidRequest.at("prompt_ids_le32", f"{size} bytes are no array of uint32")
+    prompt_ids = struct.unpack(f"<{size // 4}I", submit.prompt_ids_le32)
+    sampling = engine_sampling(submit.sampling)
+    return [
+        SequenceRequest(
+            sequence_id=sequence_id,
+            request_id=submit.request_id,
+            tenant=submit.tenant,
+            prompt_ids=prompt_ids,
+            sampling=sampling,
+            choice=choice.index,
+            max_output_tokens=submit.max_output_tokens,
+            min_output_tokens=submit.min_output_tokens,
+            stop_token_ids=frozenset(submit.stop_token_ids),
+            logprobs_top_n=submit.logprobs_top_n if submit.HasField("logprobs_top_n") else None,
+        )
+        for choice, sequence_id in zip(submit.choices, sequence_ids, strict=False)
+    ]
+
+
+def engine_sampling(sampling: pb.Sampling) -> Sampling:
+    return Sampling(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        repetition_penalty=sampling.repetition_penalty,
+        seed=sampling.seed,
+        logit_bias=dict(sampling.logit_bias),
+    )
+
+
+def add_token(update: pb.StepUpdate, slot: int, token: SequenceToken) -> None:
+    update.slots.append(slot)
+    update.token_ids.append(token.token_id)
+    if token.logprob is not None:
+        update.logprobs.add(
+            slot=slot, sampled=token.logprob, top_token_ids=token.top_ids, top_logprobs=token.top_logprobs
+        )
+
+
+def add_finished(update: pb.StepUpdate, slot: int, finished: SequenceFinished) -> None:
+    message = update.finished.add(
+        slot=slot,
+        stop_token_id=finished.stop_token_id,
+        queue_us=finished.queue_us,
+        preemptions=finished.preemptions,
+        cached_prompt_tokens=finished.cached_prompt_tokens,
+    )
+    if finished.error is not None:
+        message.error_reason, message.error_message = finished.error.reason, finished.error.message
+    elif finished.reason is not None:
+        message.reason = FINISH_REASONS[finished.reason]
+
+
+def add_rejected(update: pb.StepUpdate, slot: int, error: RequestError) -> None:
+    message = update.rejected.add(
+        slot=slot,
+        reason=error.reason,
+        message=error.message,
+        metadata=error.metadata,
+        retry_after_s=error.retry_after,
+    )
+    if isinstance(error, InvalidRequest):
+        for violation in error.violations:
+            message.violations.add(field=violation.field, description=violation.description)
+
+
+def engine_stats(stats: EngineStats) -> pb.EngineStats:
+    return pb.EngineStats(
+        running=stats.running,
+        waiting=stats.waiting,
+        waiting_tokens=stats.waiting_tokens,
+        free_blocks=stats.free_blocks,
+        total_blocks=stats.total_blocks,
+        prefill_tokens=stats.prefill_tokens,
+        decode_tokens=stats.decode_tokens,
+        step_us=stats.step_us,
+        preemptions_total=stats.preemptions_total,
+    )

@@ -1,0 +1,108 @@
+"""An engine whose every token is known beforehand, for both ends of the engine link."""
+
+import threading
+import time
+from collections.abc import Sequence
+
+from millrace.server.engine.engine import StepOutput
+from millrace.server.engine.sequence import SequenceFinished, SequenceRequest, SequenceToken
+from millrace.server.errors import InternalError, InvalidRequest, QueueFull
+from millrace.server.types import BackendInfo, EngineStats, FinishReason, Sampling, TokenRequest
+
+INFO = BackendInfo(
+    fingerprint="scripted-1",
+    executor="scripted",
+    architecture="ScriptedForCausalLM",
+    parameters=7,
+    vocab_size=10_000,
+    max_model_len=100_000,
+    kv_block_size=16,
+    kv_total_blocks=64,
+    max_num_seqs=256,
+    max_num_batched_tokens=512,
+)
+
+# First prompt tokens with a meaning of their own.
+INVALID, FAILS, HANGS, CRASHES = 9001, 9002, 9003, 9004
+
+
+def script(prompt_ids: Sequence[int], choice: int, count: int) -> list[int]:
+    """The first `count` tokens that a choice of this prompt yields."""
+    return [(31 * prompt_ids[0] + 101 * choice + 7 * i) % 9000 for i in range(count)]
+
+
+def token_request(first: int, count: int, n: int = 1, **values: object) -> TokenRequest:
+    return TokenRequest(f"r{first}", "tenant", [first, 1, 2], Sampling(), count, n, **values)  # type: ignore[arg-type]
+
+
+class ScriptedEngine:
+    """Yields one token of each sequence a step. `permits` set: a step takes one of them, or waits for it."""
+
+    def __init__(self, capacity: int = 1000, permits: threading.Semaphore | None = None, step_seconds: float = 0):
+        self.info, self.capacity, self.permits, self.step_seconds = INFO, capacity, permits, step_seconds
+        self.live: dict[int, tuple[SequenceRequest, list[int]]] = {}
+        self.seen: list[SequenceRequest] = []
+        self.cancelled: list[int] = []
+        self.steps = self.progress = self.checks = 0
+        self.threads: set[int] = set()
+        self.closed = False
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.live)
+
+    def submit(self, request: SequenceRequest) -> None:
+        self.threads.add(threading.get_ident())
+        if request.prompt_ids[0] == INVALID:
+            raise InvalidRequest.at("prompt", "is cursed", bound="3")
+        if len(self.live) >= self.capacity:
+            raise QueueFull(f"{self.capacity} wait", metadata={"limit": str(self.capacity)}, retry_after=7)
+        self.seen.append(request)
+        self.live[request.sequence_id] = request, script(request.prompt_ids, request.choice, request.max_output_tokens)
+
+    def cancel(self, sequence_id: int) -> None:
+        self.cancelled.append(sequence_id)
+        self.live.pop(sequence_id, None)
+
+    def step(self) -> StepOutput:
+        if self.permits and self.steps:
+            self.permits.acquire()
+        time.sleep(self.step_seconds)
+        self.steps += 1
+        self.progress += 3
+        output = StepOutput(self.steps)
+        for sequence_id, (request, tokens) in list(self.live.items()):
+            first = request.prompt_ids[0]
+            if first == HANGS:
+                time.sleep(3600)
+            if first == CRASHES:
+                raise RuntimeError("the executor is broken")
+            if first == FAILS:
+                output.finished.append(SequenceFinished(sequence_id, None, error=InternalError("a poisoned request")))
+                del self.live[sequence_id]
+                continue
+            self._advance(request, tokens, output)
+        output.stats = EngineStats(self.steps, len(self.live), 0, 0, 60, 64, 0, len(output.tokens), 5, 0)
+        return output
+
+    def _advance(self, request: SequenceRequest, tokens: list[int], output: StepOutput) -> None:
+        token = tokens.pop(0)
+        if (top_n := request.logprobs_top_n) is None:
+            output.tokens.append(SequenceToken(request.sequence_id, token))
+        else:
+            top = [token + i for i in range(top_n)]
+            output.tokens.append(SequenceToken(request.sequence_id, token, -float(token), top, [-0.5] * top_n))
+        stopped = token in request.stop_token_ids
+        if stopped or not tokens:
+            reason = FinishReason.STOP if stopped else FinishReason.MAX_TOKENS
+            output.finished.append(
+                SequenceFinished(request.sequence_id, reason, token if stopped else None, None, 11, 2, 3)
+            )
+            del self.live[request.sequence_id]
+
+    def check(self) -> None:
+        self.checks += 1
+        assert not self.live
+
+    def close(self) -> None:
+        self.closed = True
