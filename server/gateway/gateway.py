@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
 
 from millrace.server.backends.base import TokenStream
-from millrace.server.errors import Draining
+from millrace.server.errors import Draining, EngineLost, EngineRestarting
 from millrace.server.gateway.choices import Choices
 from millrace.server.gateway.effective import token_request
 from millrace.server.gateway.limits import Limits
@@ -58,7 +58,7 @@ class Gateway:
                 record.admitted(choices)
                 stop_all = stopper(stream, tokens)
                 live.on_abort(stop_all)
-                with time_limit(request.stopping.time_limit, stop_all) as clock:
+                with time_limit(request.stopping.time_limit, stop_all) as clock, past_first_message():
                     yield Started(
                         request_id=live.request_id,
                         model=card.name,
@@ -132,6 +132,15 @@ def stopper(stream: TokenStream, tokens: TokenRequest) -> Callable[[], None]:
             stream.stop(choice)
 
     return stop_all
+
+
+@contextmanager
+def past_first_message() -> Iterator[None]:
+    """A backend that dies before its first token could be tried again, had the client not seen Started already."""
+    try:
+        yield
+    except EngineRestarting as error:
+        raise EngineLost(error.message, metadata=error.metadata) from None
 
 
 class Clock:

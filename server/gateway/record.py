@@ -41,7 +41,6 @@ class RequestRecord:
             if self._first_token is None:
                 self._first_token = now - self._arrival
                 self._metrics.time_to_first_token.observe(self._first_token)
-                self._metrics.queue_time.observe(self._queue_us / 1e6)
             if delta.choice in self._last:
                 self._metrics.inter_token_latency.observe((now - self._last[delta.choice]) / len(delta.token_ids))
             self._last[delta.choice] = now
@@ -78,6 +77,8 @@ class RequestRecord:
             metrics.failure.labels(outcome).inc()
         facts: dict[str, object] = {}
         if self._choices:
+            if self._first_token is not None:
+                metrics.queue_time.observe(timings.queue_us / 1e6)
             usage, surplus = self._choices.usage, self._choices.surplus_tokens
             finishes = [finish.reason.value for finish in self._choices.finishes]
             for reason in finishes:
