@@ -136,15 +136,16 @@ def test_nan_fails_its_row_only(llama, steps: SimpleNamespace) -> None:
     """Rows and placeholders of the failed sequence fail; neighbours, and later users of its blocks, do not."""
     expected = steps.generate(llama, PROMPT, 2)
     nan = np.full(48, np.nan, np.float32)
+    failing = [-1, *range(7, 40)]
     rows = [
         steps.Row(PROMPT, 0, range(4)),
-        steps.Row([-1, 7, 8], 0, range(4, 8)),
+        steps.Row(failing, 0, range(4, 8)),
         steps.Row([-1], 0, range(8, 9), Output.POOLED),
     ]
-    first = llama.submit(steps.pack(rows, embeddings={len(PROMPT): nan, len(PROMPT) + 3: nan}))
+    first = llama.submit(steps.pack(rows, embeddings={len(PROMPT): nan, len(PROMPT) + len(failing): nan}))
     following = [
         steps.Row([(first, 0)], len(PROMPT), range(4)),
-        steps.Row([(first, 1)], 3, range(4, 8), history=[7, 8], sampling=PENALTIES),
+        steps.Row([(first, 1)], len(failing), range(4, 8), history=failing[1:], sampling=PENALTIES),
     ]
     second = llama.submit(steps.pack(following))
     result = llama.collect(first)
