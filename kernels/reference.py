@@ -53,7 +53,7 @@ def exp2_nonpositive(t: Array) -> Array:
     for c in EXP2[-2::-1]:
         p = p * f + c
     p = p * f + np.float32(1)
-    return np.ldexp(p, n.astype(np.int32))
+    return np.asarray(np.ldexp(p, n.astype(np.int32)))
 
 
 def weights_of(logits: Array, temperature: np.float32) -> NDArray[np.int64]:
@@ -61,17 +61,18 @@ def weights_of(logits: Array, temperature: np.float32) -> NDArray[np.int64]:
     with np.errstate(divide="ignore", over="ignore"):
         log2_per_logit = np.minimum(LOG2_E / temperature, np.finfo(np.float32).max)
         t = (logits - logits.max()) * log2_per_logit
-    return np.trunc(exp2_nonpositive(t) * ONE + np.float32(0.5)).astype(np.int64)
+    return np.asarray(np.trunc(exp2_nonpositive(t) * ONE + np.float32(0.5)), np.int64)
 
 
-def log_normaliser(logits: Array) -> float:
-    """log sum exp(logits): exp in float32, summed exactly in units of 2^-54."""
+def logprobs_of(logits: Array, tokens: Sequence[int]) -> list[float]:
+    """Log-softmax at some tokens, in float64 of exps in float32 that are summed exactly, in units of 2^-54."""
+    highest = logits.max()
     with np.errstate(over="ignore"):
-        scaled = exp2_nonpositive((logits - logits.max()) * LOG2_E) * ONE
+        scaled = exp2_nonpositive((logits - highest) * LOG2_E) * ONE
     high = np.trunc(scaled)
     low = np.trunc((scaled - high) * np.float32(2**24))
     total = float(high.astype(np.int64).sum()) * 2.0**-30 + float(low.astype(np.int64).sum()) * 2.0**-54
-    return float(logits.max()) + math.log(total)
+    return [float(logits[token]) - float(highest) - math.log(total) for token in tokens]
 
 
 def processed(
@@ -98,9 +99,7 @@ def processed(
     return z
 
 
-def choose(
-    z: Array, temperature: np.float32, top_k: int, top_p: np.float32, min_p: np.float32, bits: int
-) -> int:
+def choose(z: Array, temperature: np.float32, top_k: int, top_p: np.float32, min_p: np.float32, bits: int) -> int:
     """The token drawn from processed logits [V], of which one at least is finite and none NaN or +inf."""
     preferred = np.argsort(-z, kind="stable")
     if temperature == 0:
@@ -157,6 +156,5 @@ def sample_row(
     token = choose(z, at["temperature"], int(at["top_k"]), at["top_p"], at["min_p"], bits)
     if at["top_n"] < 0:
         return token, math.nan, [], []
-    normaliser = log_normaliser(logits)
-    top = most_likely(logits, int(at["top_n"]))
-    return token, float(logits[token]) - normaliser, top.tolist(), [float(logits[t]) - normaliser for t in top]
+    top = most_likely(logits, int(at["top_n"])).tolist()
+    return token, logprobs_of(logits, [token])[0], top, logprobs_of(logits, top)

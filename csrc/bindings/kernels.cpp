@@ -35,6 +35,7 @@ const T* column(const py::array& array, const char* name, py::ssize_t length) {
     fail(is + std::to_string(length) + " long, not " + std::to_string(array.shape(0)));
   }
   if ((array.flags() & py::array::c_style) == 0) fail(is + "contiguous");
+  if (reinterpret_cast<std::uintptr_t>(array.data()) % alignof(T) != 0) fail(is + "aligned");
   return static_cast<const T*>(array.data());
 }
 
@@ -66,16 +67,15 @@ void set_logits(const py::array& logits, millrace::SamplingInput& input) {
   if (logits.shape(1) < 1 || logits.shape(1) > kMost || logits.shape(0) > kMost) {
     fail("logits must have 1 to 2147483647 columns and at most as many rows");
   }
-  const bool single = logits.shape(0) <= 1;
-  if ((logits.shape(1) > 1 && logits.strides(1) != kFloat) ||
-      (!single && (logits.strides(0) < logits.shape(1) * kFloat || logits.strides(0) % kFloat != 0)) ||
-      reinterpret_cast<std::uintptr_t>(logits.data()) % sizeof(float) != 0) {
-    fail("rows of logits must be contiguous and must not overlap");
+  const bool contiguous = logits.size() == 0 || logits.shape(1) == 1 || logits.strides(1) == kFloat;
+  if (!contiguous || logits.strides(0) % kFloat != 0 ||
+      reinterpret_cast<std::uintptr_t>(logits.data()) % alignof(float) != 0) {
+    fail("rows of logits must be contiguous and aligned");
   }
   input.logits = static_cast<const float*>(logits.data());
   input.rows = static_cast<std::int32_t>(logits.shape(0));
   input.vocab = static_cast<std::int32_t>(logits.shape(1));
-  input.row_stride = single ? input.vocab : logits.strides(0) / kFloat;
+  input.row_stride = logits.strides(0) / kFloat;
 }
 
 using Masks = std::vector<std::pair<std::int64_t, py::array>>;
@@ -143,6 +143,11 @@ py::tuple sample(const py::array& logits, const py::array& temperature, const py
   in.history_offsets = offsets(history_offsets, "history_offsets", rows, history_ids.shape(0));
   in.history_prompt_lens =
       checked<std::int32_t>(history_prompt_lens, "history_prompt_lens", rows, "[0, inf)", not_negative);
+  for (py::ssize_t row = 0; row < rows; ++row) {
+    if (in.history_prompt_lens[row] > in.history_offsets[row + 1] - in.history_offsets[row]) {
+      fail("history_prompt_lens[" + std::to_string(row) + "] is longer than the history of the row");
+    }
+  }
   const std::vector<const std::uint32_t*> pointers = mask_pointers(masks, in);
   in.masks = pointers.data();
   const millrace::Isa isa = current_isa();

@@ -253,8 +253,9 @@ class RowSampler {
   void write_logprobs(const float* raw, float raw_highest, std::int32_t token) const {
     const sampling::ExpSum sum = passes_.sum_exp(raw, vocab_, {raw_highest, std::numbers::log2e_v<float>});
     const double total = static_cast<double>(sum.high) * 0x1p-30 + static_cast<double>(sum.low) * 0x1p-54;
-    const double normaliser = static_cast<double>(raw_highest) + std::log(total);
-    const auto logprob = [=](float logit) { return static_cast<float>(static_cast<double>(logit) - normaliser); };
+    const auto logprob = [highest = static_cast<double>(raw_highest), log_total = std::log(total)](float logit) {
+      return static_cast<float>(static_cast<double>(logit) - highest - log_total);
+    };
     out_.logprobs[row_] = logprob(raw[token]);
     const std::int64_t at = std::int64_t{row_} * out_.top_width;
     for (std::int32_t i = 0, count = std::min(in_.top_n[row_], vocab_); i < count; ++i) {
