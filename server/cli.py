@@ -1,0 +1,199 @@
+"""The command line. Commands import what they need when they run: `millrace --version` must not wait for gRPC."""
+
+import os
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from millrace.server.errors import MillraceError
+from millrace.server.flags import with_settings
+
+app = typer.Typer(
+    name="millrace",
+    help="One gRPC server that takes a question and streams back an answer.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+keys = typer.Typer(help="API keys, each of one tenant.", no_args_is_help=True)
+app.add_typer(keys, name="keys")
+
+Config = Annotated[Path | None, typer.Option("--config", help="TOML file of settings, names as the flags below")]
+Address = Annotated[
+    str, typer.Option("--address", envvar="MILLRACE_ADDRESS", help="HOST:PORT, grpcs://HOST:PORT or unix:PATH")
+]
+ApiKey = Annotated[str | None, typer.Option("--api-key", envvar="MILLRACE_API_KEY", help="key of your tenant")]
+CA = Annotated[Path | None, typer.Option("--ca", help="trust this CA (PEM): connect with TLS")]
+Model = Annotated[str | None, typer.Option("--model", help="name of the model (default: the server's first)")]
+MaxTokens = Annotated[int | None, typer.Option("--max-tokens", min=1, help="tokens of the answer, at most")]
+Temperature = Annotated[float | None, typer.Option("--temperature", help="0 always takes the likeliest token")]
+TopP = Annotated[float | None, typer.Option("--top-p", help="keep the likeliest tokens of this total probability")]
+TopK = Annotated[int | None, typer.Option("--top-k", help="keep this many likeliest tokens")]
+Seed = Annotated[int | None, typer.Option("--seed", help="the same seed draws the same answer")]
+Stop = Annotated[list[str] | None, typer.Option("--stop", help="end before this text; may be repeated")]
+LOCAL = "127.0.0.1:50051"
+
+
+@app.command()
+@with_settings
+def serve(config: Config = None, **flags: Any) -> None:
+    """Serve a model over gRPC until SIGTERM.
+
+    Every setting can also stand in --config FILE or in the environment as MILLRACE_NAME; flags win over the
+    environment, and the environment over the file.
+    """
+    from rich.console import Console
+
+    from millrace.server.app import run
+    from millrace.server.config import load_settings
+
+    raise typer.Exit(run(load_settings(flags, config), Console()))
+
+
+@app.command()
+@with_settings
+def doctor(config: Config = None, **flags: Any) -> None:
+    """Check whether `millrace serve` would work here, with the same settings, and print what they come to."""
+    from rich.console import Console
+
+    from millrace.server.config import load_settings
+    from millrace.server.doctor import examine
+
+    raise typer.Exit(examine(load_settings(flags, config), Console()))
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def worker(context: typer.Context) -> None:
+    """Run an engine that gateways on other hosts connect to."""
+    from millrace.server.worker.main import main as run_worker
+
+    run_worker(context.args)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="text to continue, or the question with --chat; - reads it from stdin")],
+    address: Address = LOCAL,
+    api_key: ApiKey = None,
+    ca: CA = None,
+    model: Model = None,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    seed: Seed = None,
+    stop: Stop = None,
+    chat: Annotated[bool, typer.Option("--chat/--no-chat", help="ask through the chat template")] = False,
+) -> None:
+    """Send one prompt and write the answer to standard output as it comes."""
+    from millrace.server.client import TLS, Client, Message, Role
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    question = [Message(Role.USER, text)] if chat else text
+    options = _given(
+        max_output_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop_strings=stop
+    )
+    with Client(address, api_key=api_key, model=model, tls=TLS(ca) if ca else None) as client:
+        for piece in client.stream_text(question, **options):
+            print(piece, end="", flush=True)
+    print()
+
+
+@app.command()
+def chat(
+    address: Address = LOCAL,
+    api_key: ApiKey = None,
+    ca: CA = None,
+    model: Model = None,
+    system: Annotated[str | None, typer.Option("--system", help="what the model is told before you speak")] = None,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    seed: Seed = None,
+) -> None:
+    """Talk with a model. Ctrl-C cancels an answer, Ctrl-D leaves."""
+    from millrace.server.chat import converse
+    from millrace.server.client import TLS, Client
+
+    options = _given(max_output_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    with Client(address, api_key=api_key, model=model, tls=TLS(ca) if ca else None) as client:
+        converse(client, system, options)
+
+
+@app.command()
+def models(address: Address = LOCAL, api_key: ApiKey = None, ca: CA = None) -> None:
+    """List what a server can be asked for."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from millrace.server.client import TLS, Client
+    from millrace.v1.model_pb2 import ModelState
+
+    with Client(address, api_key=api_key, tls=TLS(ca) if ca else None) as client:
+        found = client.models()
+    table = Table("name", "aliases", "state", "architecture", "parameters", "context", "can", "runs on")
+    for m in found:
+        state = ModelState.Name(m.state).removeprefix("MODEL_STATE_").lower()
+        size, context = f"{m.parameters:,}", f"{m.limits.max_context_tokens:,}"
+        can = ", ".join(m.capabilities)
+        table.add_row(m.name, ", ".join(m.aliases), state, m.architecture, size, context, can, m.backend)
+    Console().print(table)
+
+
+@keys.command()
+def new(tenant: Annotated[str, typer.Option("--tenant", help="whose key it is: 1 to 64 of [A-Za-z0-9._-]")]) -> None:
+    """Make a key: the key itself goes to standard error, once; what to append to --api-keys FILE to standard output.
+
+    millrace keys new --tenant search >> keys.toml
+    """
+    from millrace.server.gateway.auth import new_key
+
+    key, entry = new_key(tenant)
+    print(f"The key, shown only now: {key}", file=sys.stderr)
+    print(entry)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        try:
+            print(f"millrace {version('millrace')}")
+        except PackageNotFoundError:
+            print("millrace, run from a source tree")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    pass
+
+
+def _given(**options: Any) -> Any:
+    """The options that were given; the others are the model's own."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def main() -> int:
+    """Exit status: 0, 1 with one line that says what to do, 2 for wrong usage, 130 for Ctrl-C."""
+    try:
+        app()
+    except MillraceError as error:
+        print(f"millrace: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read us has gone; nor flush at exit
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""`millrace doctor`: would `millrace serve` work here, and with what?"""
+
+import os
+import platform
+import shutil
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+
+from millrace.server.api.listen import check_exposure, credentials, why_not
+from millrace.server.config import COMPONENTS, Settings
+from millrace.server.errors import MissingDependency, StartupError
+from millrace.server.gateway.auth import KeyStore
+from millrace.server.model.checkpoint import Checkpoint
+from millrace.server.model.executors.plan import make_plan
+from millrace.server.model.memory import available_memory
+from millrace.server.model.weights import find_weights
+from millrace.server.text.template import ChatTemplate
+from millrace.server.text.tokenizer import Tokenizer
+from millrace.v1 import bounds_pb2, generation_pb2, model_pb2, tokenizer_pb2
+
+FEATURES = ("avx2", "fma", "avx512f", "avx512_vnni", "amx_int8", "amx_bf16")
+PACKAGES = ("millrace", "grpcio", "protobuf", "numpy", "numba", "tokenizers", "torch")
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    name: str
+    good: bool
+    text: str
+
+
+def examine(settings: Settings, console: Console) -> int:
+    """Print the machine, the settings, every bound and the checks; 1 if a check failed."""
+    _show(console, "Machine", machine())
+    for component in COMPONENTS:
+        values = getattr(settings, component)
+        _show(console, f"Settings: {component}", [(name, _word(value)) for name, value in values])
+    _show(console, "Bounds of request fields", bounds())
+    findings = [check(name, work, settings) for name, work in CHECKS.items()]
+    for finding in findings:
+        mark = "[green]ok[/]  " if finding.good else "[red]FAIL[/]"
+        console.print(f"{mark} {finding.name}: ", end="")
+        console.print(finding.text, markup=False, highlight=False, soft_wrap=True)
+    return 0 if all(finding.good for finding in findings) else 1
+
+
+def check(name: str, work: Callable[[Settings], str], settings: Settings) -> Finding:
+    try:
+        return Finding(name, True, work(settings))
+    except StartupError as error:
+        return Finding(name, False, str(error))
+
+
+def _word(value: object) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return "not set" if value is None else str(value)
+
+
+def machine() -> list[tuple[str, str]]:
+    flags = cpu_flags()
+    return [
+        ("python", platform.python_version()),
+        ("system", f"{platform.system()} {platform.release()} {platform.machine()}"),
+        ("cores", str(len(os.sched_getaffinity(0)))),
+        ("cpu features", ", ".join(f for f in FEATURES if f in flags) or "none that the kernels use"),
+        ("free memory", f"{available_memory() / GIB:.1f} GiB"),
+        ("c++ compiler", shutil.which("g++") or shutil.which("c++") or "none (only building needs one)"),
+        *((name, installed(name)) for name in PACKAGES),
+    ]
+
+
+def cpu_flags(path: Path = Path("/proc/cpuinfo")) -> set[str]:
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:  # not Linux
+        return set()
+    return set(next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), []))
+
+
+def installed(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def bounds() -> list[tuple[str, str]]:
+    """What every request field accepts, as the protos declare it."""
+    files = (generation_pb2, tokenizer_pb2, model_pb2)
+    messages = (m for file in files for m in file.DESCRIPTOR.message_types_by_name.values())
+    return [
+        (f"{message.name}.{field.name}", describe(field.GetOptions().Extensions[bounds_pb2.bounds]))
+        for message in messages
+        for field in message.fields
+        if field.GetOptions().HasExtension(bounds_pb2.bounds)
+    ]
+
+
+def describe(bounds: bounds_pb2.Bounds) -> str:
+    parts = ["required"] if bounds.required else []
+    parts += [_range(bounds, "items"), _range(bounds, "bytes")]
+    if bounds.HasField("minimum"):
+        parts.append(f"{'more than' if bounds.exclusive_minimum else 'from'} {bounds.minimum:.10g}")
+    if bounds.HasField("maximum"):
+        parts.append(f"at most {bounds.maximum:.10g}")
+    parts.append(f"like {bounds.pattern}" if bounds.pattern else "")
+    return ", ".join(filter(None, parts))
+
+
+def _range(bounds: bounds_pb2.Bounds, unit: Literal["items", "bytes"]) -> str:
+    least, most = (getattr(bounds, f"{end}_{unit}") for end in ("min", "max"))
+    return f"{least} to {most} {unit}" if bounds.HasField("max_bytes" if unit == "bytes" else "max_items") else ""
+
+
+def _show(console: Console, title: str, rows: list[tuple[str, str]]) -> None:
+    console.print(f"[bold]{title}[/]")
+    for name, text in rows:
+        console.print(f"  {name:<42}{text}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _pytorch(settings: Settings) -> str:
+    if settings.supervisor.worker:
+        return "not needed here: the worker runs elsewhere"
+    if find_spec("torch") is None:
+        raise MissingDependency("the reference executor needs PyTorch: pip install torch==2.13.0")
+    return version("torch")
+
+
+def _native(settings: Settings) -> str:
+    found = find_spec("millrace.kernels._C")
+    if found is None or found.origin is None:
+        raise MissingDependency("the native extension is not built: pip install -e . in the source tree")
+    return found.origin
+
+
+def _model(settings: Settings) -> str:
+    """Reads all but the weights, and settles what is `auto`."""
+    config = settings.engine
+    checkpoint = Checkpoint.open(config.checkpoint)
+    find_weights(checkpoint)
+    ChatTemplate.load(config.checkpoint, Tokenizer.load(config.checkpoint))
+    plan = make_plan(config, checkpoint.spec)
+    layout = plan.layout
+    return (
+        f"{checkpoint.spec.architecture}, {checkpoint.spec.parameters:,} parameters; executor {plan.executor}, "
+        f"dtype {plan.dtype}, max-model-len {plan.max_model_len}, KV cache of {layout.num_blocks:,} blocks of "
+        f"{layout.block_size} tokens, {layout.num_blocks * layout.bytes_per_block / GIB:.2f} GiB"
+    )
+
+
+def _listen(settings: Settings) -> str:
+    config = settings.server
+    check_exposure(config)
+    credentials(config)
+    with socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((config.host, config.port))
+        except OSError:
+            raise why_not(config) from None
+    return f"{config.host}:{config.port} is free" if config.port else f"{config.host}, any free port"
+
+
+def _keys(settings: Settings) -> str:
+    path = settings.server.api_keys
+    KeyStore.load(path)
+    return str(path) if path else "none: everybody on this machine is the tenant `default`"
+
+
+CHECKS: dict[str, Callable[[Settings], str]] = {
+    "PyTorch": _pytorch,
+    "native extension": _native,
+    "model": _model,
+    "listen": _listen,
+    "API keys": _keys,
+}

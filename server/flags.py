@@ -1,0 +1,50 @@
+"""One command-line option for each setting: the settings classes are the only list there is."""
+
+import inspect
+from collections.abc import Callable
+from types import NoneType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+import typer
+from pydantic import ByteSize
+from pydantic.fields import FieldInfo
+
+from millrace.server.config import COMPONENTS
+
+
+def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Replace the `**flags` of a command by an option for each setting; one that is not given is None."""
+    kept = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    options = [
+        _option(component, name, field)
+        for component, cls in COMPONENTS.items()
+        for name, field in cls.model_fields.items()
+    ]
+    parameters = [*kept, *options]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # inspect reads it
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return command
+
+
+def _option(component: str, name: str, field: FieldInfo) -> inspect.Parameter:
+    flag = f"--{name.replace('_', '-')}"
+    kind = _plain_type(field.annotation)
+    words = [flag, f"--no-{flag[2:]}"] if kind is bool else [flag]
+    option = typer.Option(*words, help=_help(field), rich_help_panel=f"Settings: {component}", show_default=False)
+    annotation = Annotated[kind | None, option]  # type: ignore[valid-type]  # a type made at run time
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _plain_type(annotation: Any) -> Any:
+    """What the command line parses to; the settings class checks the rest."""
+    if get_origin(annotation) is Union or isinstance(annotation, type(int | None)):
+        annotation = next(kind for kind in get_args(annotation) if kind is not NoneType)
+    return str if annotation is ByteSize else annotation
+
+
+def _help(field: FieldInfo) -> str:
+    text = field.description or ""
+    if field.default is None:
+        return text
+    value = ("off", "on")[field.default] if isinstance(field.default, bool) else field.default
+    return f"{text} (default: {value})".strip()
