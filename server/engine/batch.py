@@ -185,18 +185,18 @@ class BatchPacker:
 
     def pack(self, rows: Rows, tickets: Mapping[int, Ticket]) -> Batch:
         """The batch of rows of running sequences; `tickets` names the steps in flight by number."""
-        lanes = np.array([row.sequence.lane for row in rows], np.int32)
-        starts = np.array([row.start for row in rows], np.int32)
-        ends = np.array([row.end for row in rows], np.int32)
-        samples = np.array([row.samples for row in rows], np.bool_)
+        sequences, first, last, sampling, sources = zip(*rows, strict=True)
+        lanes = np.array([sequence.lane for sequence in sequences], np.int32)
+        starts, ends = np.array(first, np.int32), np.array(last, np.int32)
+        samples = np.array(sampling, np.bool_)
         self._tokens.reserve(int(ends.max()))  # placeholders lie behind the known tokens
         token_ids, positions, slots, offsets, block_tables = pack_tokens(
             lanes, starts, ends, self._tokens.values, self._blocks.values, self._block_size
         )
         placeholders = [
-            Placeholder(int(offsets[i + 1]) - 1, tickets[row.source[0]], row.source[1])
-            for i, row in enumerate(rows)
-            if row.source is not None
+            Placeholder(int(offsets[row + 1]) - 1, tickets[source[0]], source[1])
+            for row, source in enumerate(sources)
+            if source is not None
         ]
         token_ids[[p.index for p in placeholders]] = -1
         drawing, drawn = lanes[samples], ends[samples]

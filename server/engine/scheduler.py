@@ -217,7 +217,7 @@ class Scheduler:
         for sequence in self._running:  # preemption shortens it from the end
             if sequence.length - sequence.scheduled > 1:
                 prefilling.append(sequence)
-            elif self._may_decode(sequence):
+            elif sequence.pending == 0 or self._may_decode_ahead(sequence):
                 if sequence.scheduled == len(sequence.blocks) * block_size:
                     if not self._grow(sequence):
                         continue
@@ -227,10 +227,8 @@ class Scheduler:
         return prefilling
 
     @staticmethod
-    def _may_decode(sequence: Sequence) -> bool:
+    def _may_decode_ahead(sequence: Sequence) -> bool:
         """Not beyond the end, and not past a token that sampling must know: a row can name only its last one."""
-        if sequence.pending == 0:
-            return True
         return sequence.length < sequence.limit and (sequence.pending == 1 or not sequence.needs_history)
 
     def _plan_chunk(self, plan: Plan, sequence: Sequence, budget: int) -> int:
@@ -315,7 +313,7 @@ class Scheduler:
     def _land(self, sequence: Sequence) -> None:
         """One row less in flight; with the last one the blocks of a sequence that left are free."""
         sequence.in_flight -= 1
-        if sequence.in_flight == 0 and sequence.arrival in self._leaving:
+        if self._leaving and sequence.in_flight == 0 and sequence.arrival in self._leaving:
             del self._leaving[sequence.arrival]
             self._release(sequence)
 

@@ -88,6 +88,19 @@ def test_the_latest_arrival_gives_way_and_starts_over():
     assert order == [1, 2]
 
 
+def test_blocks_on_their_way_back_are_waited_for_rather_than_taken_from_one_more():
+    scheduler = make_scheduler(blocks=6, block_size=2, max_model_len=12)
+    for sequence_id in (1, 2, 3):
+        scheduler.submit(make_request(sequence_id, range(2), max_output_tokens=9), 0)
+    commit(scheduler, scheduler.plan(0))
+    plans = [scheduler.plan(0) for _ in range(3)]
+    assert [plan and len(plan.rows) for plan in plans] == [3, 3, None], "no block is free before a step comes back"
+    assert scheduler.preemptions == 1
+    for plan in plans[:2]:
+        commit(scheduler, plan)
+    assert [row.sequence.request.sequence_id for row in scheduler.plan(0).rows] == [1, 2]
+
+
 def test_the_oldest_always_finishes_whatever_arrives_behind_it():
     scheduler = make_scheduler(blocks=8, block_size=1, max_model_len=9, max_queued_requests=500, max_queued_tokens=5000)
     scheduler.submit(make_request(0, [1], max_output_tokens=8), 0)
