@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from millrace.server.config import BUILTIN
 from millrace.server.text.tokenizer import Tokenizer
@@ -17,7 +17,7 @@ CORPUS = [
     "for i in range(10):\n    print('hello', i)  # <b>not</b> a token <|almost| [INS ]\n",
 ] * 20
 CONTROL = ["<|im_start|>", "<|im_end|>", "[INST]", "[/INST]", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-FAMILIES = ("byte_level", "byte_fallback", "unigram", "builtin")
+FAMILIES = ("byte_level", "byte_fallback", "legacy", "unigram", "builtin")
 
 
 def save(directory: Path, backend: Backend, bos: str = "<s>", eos: str = "</s>", **config) -> Path:
@@ -40,6 +40,7 @@ def byte_level() -> Backend:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     backend.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet))
     backend.add_special_tokens(["<s>", "</s>", *CONTROL])
+    backend.add_special_tokens([AddedToken(f"<|{role}|>", rstrip=True) for role in ("user", "assistant", "end")])
     backend.add_tokens(["<think>"])
     backend.post_processor = processors.Sequence(
         [processors.ByteLevel(trim_offsets=False), leading_bos(backend, "<s>")]
@@ -48,7 +49,7 @@ def byte_level() -> Backend:
 
 
 def byte_fallback() -> Backend:
-    """As Llama 2 and Mistral: SentencePiece BPE; the corpus's rarer characters fall back to byte tokens."""
+    """As Mistral: SentencePiece BPE; the corpus's rarer characters fall back to byte tokens."""
     backend = Backend(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     special = ["<unk>", "<s>", "</s>", *CONTROL]
@@ -63,7 +64,19 @@ def byte_fallback() -> Backend:
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     backend.post_processor = leading_bos(backend, "<s>")
+    backend.enable_truncation(3)  # left over from training, as in many a published file
+    backend.enable_padding(length=64, pad_token="<unk>")
     return backend
+
+
+def legacy() -> Backend:
+    """As Llama 2: the same, but every stretch of text between special tokens gets a space before it."""
+    backend = byte_fallback()
+    file = json.loads(backend.to_str())
+    prepend = {"type": "Prepend", "prepend": "▁"}
+    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    file |= {"pre_tokenizer": None, "normalizer": {"type": "Sequence", "normalizers": [prepend, spaces]}}
+    return Backend.from_str(json.dumps(file))
 
 
 def unigram() -> Backend:
@@ -82,7 +95,7 @@ def unigram() -> Backend:
 @pytest.fixture(scope="session")
 def directories(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("tokenizers")
-    made = {"byte_level": byte_level, "byte_fallback": byte_fallback, "unigram": unigram}
+    made = {"byte_level": byte_level, "byte_fallback": byte_fallback, "legacy": legacy, "unigram": unigram}
     return {name: save(root / name, make()) for name, make in made.items()} | {"builtin": BUILTIN}
 
 

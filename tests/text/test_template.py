@@ -49,7 +49,7 @@ MISTRAL = """{{ bos_token }}{% for message in messages %}
 {% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}
 {% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token }}{% endif %}{% endfor %}"""
 
-ROLE_IN_TOKEN = "{% for m in messages %}{{ '<|' + m.role + '|>' + '\\n' + m.content }}{% endfor %}"
+ROLE_IN_TOKEN = "{% for m in messages %}{{ '<|' + m.role + '|>' + '\\n' + m.content + '<|end|>\n' }}{% endfor %}"
 BARE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 TEMPLATES = {"chatml": CHATML, "llama3": LLAMA3, "mistral": MISTRAL, "role": ROLE_IN_TOKEN}
 
@@ -61,7 +61,8 @@ CONTENT = st.lists(
 ).map("".join)  # fmt: skip
 CONTROL = st.sampled_from(
     ["<|im_start|>", "<|im_end|>", "<s>", "</s>", "[INST]", "[/INST]", "<|eot_id|>", "<unk>", "<|user|>",
-     "<|endoftext|>", "<|im_", "start|>", "<", "|im_end|>", "s>", "\ufdd0", "\ufdef", "<|im_<|im_start|>start|>", "[[INST]INST]", "hi"]
+     "<|endoftext|>", "<|im_", "start|>", "<", "|im_end|>", "s>", "\ufdd0", "\ufdef",
+     "<|im_<|im_start|>start|>", "[[INST]INST]", "hi"]
 )  # fmt: skip
 
 
