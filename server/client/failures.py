@@ -59,7 +59,8 @@ def request_error(failure: grpc.RpcError, target: str) -> RequestError:
 def _bare(call: grpc.Call, target: str) -> RequestError:
     code, details = call.code(), call.details() or "no details"
     if code is grpc.StatusCode.UNAVAILABLE:
-        return Unavailable(f"no server at {target} ({details}); start one with `millrace serve`")
+        cause = details.rpartition(": ")[2]  # the rest is gRPC's own story
+        return Unavailable(f"no server at {target} ({cause}); start one with `millrace serve`")
     return BARE.get(code, InternalError)(details)
 
 
