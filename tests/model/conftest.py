@@ -181,7 +181,9 @@ def generate(
     while len(sequence) < len(prompt) + count:
         start = len(sequence) - len(piece)
         row = Row(piece, start, blocks, history=sequence, prompt_len=len(prompt), sampling=sampling)
-        sequence += tokens(run(executor, [row]), 0)
+        result = run(executor, [row])
+        assert result.errors == {}
+        sequence += tokens(result, 0)
         piece = sequence[-1:]
     return sequence[len(prompt) :]
 
