@@ -123,8 +123,8 @@ py::tuple sample(const py::array& logits, const py::array& temperature, const py
   const auto not_negative = [](auto v) { return v >= 0; };
   const auto finite = [](float v) { return std::isfinite(v); };
   const auto token = [&in](std::int32_t v) { return v >= 0 && v < in.vocab; };
-  in.temperature = checked<float>(temperature, "temperature", rows, "[0, inf)",
-                                  [](float v) { return v >= 0 && std::isfinite(v); });
+  in.temperature =
+      checked<float>(temperature, "temperature", rows, "[0, inf)", [](float v) { return v >= 0 && std::isfinite(v); });
   in.top_p = checked<float>(top_p, "top_p", rows, "(0, 1]", [](float v) { return v > 0 && v <= 1; });
   in.top_k = checked<std::int32_t>(top_k, "top_k", rows, "[0, inf)", not_negative);
   in.min_p = checked<float>(min_p, "min_p", rows, "[0, 1]", [](float v) { return v >= 0 && v <= 1; });
@@ -160,8 +160,8 @@ py::tuple sample(const py::array& logits, const py::array& temperature, const py
   std::vector<millrace::SamplingStatus> status(static_cast<std::size_t>(rows));
   py::array_t<std::int32_t> token_ids(rows);
   py::array_t<float> logprobs(rows);
-  const millrace::SamplingOutput out{token_ids.mutable_data(), logprobs.mutable_data(), status.data(),
-                                     width,                    top_ids.data(),          top_logprobs.data()};
+  const millrace::SamplingOutput out{token_ids.mutable_data(), logprobs.mutable_data(), status.data(), width,
+                                     top_ids.data(),           top_logprobs.data()};
   {
     const py::gil_scoped_release release;
     millrace::sample(in, out, isa);

@@ -47,7 +47,12 @@ class RowSampler {
  public:
   RowSampler(const SamplingInput& input, const SamplingOutput& output, std::int32_t row, const Passes& passes,
              Workspace& space)
-      : in_(input), out_(output), row_(row), vocab_(input.vocab), passes_(passes), space_(space),
+      : in_(input),
+        out_(output),
+        row_(row),
+        vocab_(input.vocab),
+        passes_(passes),
+        space_(space),
         logits_(input.logits + row * input.row_stride) {}
 
   void run() {
@@ -230,8 +235,7 @@ class RowSampler {
     const std::size_t blocks_here = blocks();
     if (static_cast<std::size_t>(count) > blocks_here) return -kInfinity;
     auto& keys = space_.thresholds;
-    keys.assign(space_.block_highest.begin(),
-                space_.block_highest.begin() + static_cast<std::ptrdiff_t>(blocks_here));
+    keys.assign(space_.block_highest.begin(), space_.block_highest.begin() + static_cast<std::ptrdiff_t>(blocks_here));
     std::nth_element(keys.begin(), keys.begin() + (count - 1), keys.end(), std::greater<>());
     return sampling::value(keys[static_cast<std::size_t>(count - 1)]);
   }
@@ -282,13 +286,10 @@ class RowSampler {
   }
 
   std::uint64_t top_p_mass(std::uint64_t total) const {
-    return static_cast<std::uint64_t>(
-        std::ceil(static_cast<double>(in_.top_p[row_]) * static_cast<double>(total)));
+    return static_cast<std::uint64_t>(std::ceil(static_cast<double>(in_.top_p[row_]) * static_cast<double>(total)));
   }
 
-  std::int32_t least_weight() const {
-    return static_cast<std::int32_t>(std::ceil(in_.min_p[row_] * sampling::kOne));
-  }
+  std::int32_t least_weight() const { return static_cast<std::int32_t>(std::ceil(in_.min_p[row_] * sampling::kOne)); }
 
   std::size_t blocks() const { return static_cast<std::size_t>((vocab_ + kBlock - 1) / kBlock); }
 

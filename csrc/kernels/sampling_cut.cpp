@@ -20,8 +20,8 @@ std::int32_t reach(const Histogram& mass, std::uint64_t& need) {
 // fall apart, so it ends; where all are equal, they stand in order already.
 Candidate completes(std::vector<Candidate>& candidates, std::uint64_t need) {
   while (candidates.size() > kFew) {
-    const auto [lowest, highest] = std::minmax_element(
-        candidates.begin(), candidates.end(), [](const auto& a, const auto& b) { return a.logit < b.logit; });
+    const auto [lowest, highest] = std::minmax_element(candidates.begin(), candidates.end(),
+                                                       [](const auto& a, const auto& b) { return a.logit < b.logit; });
     if (lowest->logit == highest->logit) break;
     const Bins bins{highest->logit, static_cast<float>(kBins - 1) / (highest->logit - lowest->logit)};
     if (!std::isfinite(bins.bins_per_logit)) break;

@@ -41,8 +41,7 @@ MILLRACE_INLINE ExpSum sum_exp_body(const float* logits, std::int32_t count, Sca
   return sum;
 }
 
-MILLRACE_INLINE std::uint64_t weigh_block(const float* logits, std::int32_t count, Scale scale,
-                                          std::int32_t* weights) {
+MILLRACE_INLINE std::uint64_t weigh_block(const float* logits, std::int32_t count, Scale scale, std::int32_t* weights) {
   std::uint64_t mass = 0;
   for (std::int32_t i = 0; i < count; ++i) {
     weights[i] = weight(logits[i], scale);
@@ -69,8 +68,7 @@ MILLRACE_INLINE std::uint64_t weigh_body(const float* logits, std::int32_t count
 
 // Four tables, so that equal bins in a row do not wait for one another's store.
 MILLRACE_INLINE void histogram_body(const float* logits, const std::int32_t* weights, std::int32_t count,
-                                    const std::uint64_t* block_mass, Bins bins, std::uint8_t* bin_of,
-                                    Histogram& mass) {
+                                    const std::uint64_t* block_mass, Bins bins, std::uint8_t* bin_of, Histogram& mass) {
   std::array<Histogram, 4> tables{};
   for (std::int32_t begin = 0, block = 0; begin < count; begin += kBlock, ++block) {
     if (block_mass[block] == 0) continue;
@@ -116,8 +114,8 @@ MILLRACE_INLINE std::uint64_t keep_body(const float* logits, std::int32_t count,
     return weigh_body(logits, count, scale, block_highest, weights, block_mass);                                      \
   }                                                                                                                   \
   TARGET void histogram(const float* logits, const std::int32_t* weights, std::int32_t count,                         \
-                        const std::uint64_t* block_mass, Bins bins, std::uint8_t* bin_of, Histogram& mass) {                                \
-    histogram_body(logits, weights, count, block_mass, bins, bin_of, mass);                                                   \
+                        const std::uint64_t* block_mass, Bins bins, std::uint8_t* bin_of, Histogram& mass) {          \
+    histogram_body(logits, weights, count, block_mass, bins, bin_of, mass);                                           \
   }                                                                                                                   \
   TARGET std::uint64_t keep(const float* logits, std::int32_t count, Cut cut, std::int32_t* weights,                  \
                             std::uint64_t* block_mass) {                                                              \

@@ -23,7 +23,7 @@ struct KeyRange {
 
 // Weights are exp(scaled distance from the maximum) in units of 2^-30 of the most likely token's.
 struct Scale {
-  float highest;          // the largest logit
+  float highest;         // the largest logit
   float log2_per_logit;  // log2(e) / temperature
 };
 

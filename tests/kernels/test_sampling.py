@@ -65,7 +65,7 @@ def random_logits(rng: np.random.Generator, rows: int, vocab: int) -> Logits:
                 logits[row] *= 1e30
             case 4:
                 logits[row, rng.random(vocab) < 0.3] = -1e30
-    return logits.astype(np.float32)
+    return np.asarray(logits, np.float32)
 
 
 def random_case(rng: np.random.Generator, make: Make, rows: int, vocab: int) -> tuple[dict[str, Any], list[Mask]]:
@@ -73,7 +73,7 @@ def random_case(rng: np.random.Generator, make: Make, rows: int, vocab: int) -> 
         return np.where(rng.random(rows) < 0.5, rng.choice(values, rows), otherwise)
 
     def tokens(count: int) -> list[int]:
-        return rng.integers(vocab, size=count).tolist()
+        return [int(token) for token in rng.integers(vocab, size=count)]
 
     with_extras = [row for row in range(rows) if rng.random() < 0.4]
     columns = make(
@@ -135,7 +135,7 @@ def test_equal_logits_are_equally_likely_and_the_lowest_id_is_preferred(value: f
     ],
     ids=str,
 )
-def test_draws_follow_the_distribution(options: dict[str, float], columns: Make) -> None:
+def test_draws_follow_the_distribution(options: dict[str, Any], columns: Make) -> None:
     draws, vocab = 20_000, 40
     logits = np.random.default_rng(5).standard_normal(vocab).astype(np.float32) * 1.5
     expected = plain_distribution(logits.astype(float), **options)
