@@ -1,13 +1,24 @@
 """An engine whose every token is known beforehand, for both ends of the engine link."""
 
+import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
+import grpc
+
+from millrace.engine.v1.engine_pb2_grpc import add_EngineServiceServicer_to_server
+from millrace.server.backends.token_stream import MergedStream
+from millrace.server.config import EngineConfig
 from millrace.server.engine.engine import StepOutput
 from millrace.server.engine.sequence import SequenceFinished, SequenceRequest, SequenceToken
 from millrace.server.errors import InternalError, InvalidRequest, QueueFull
-from millrace.server.types import BackendInfo, EngineStats, FinishReason, Sampling, TokenRequest
+from millrace.server.types import BackendInfo, EngineStats, FinishReason, Sampling, TokenDelta, TokenRequest
+from millrace.server.worker.engine_thread import EngineThread
+from millrace.server.worker.listen import SERVER_OPTIONS, TLSFiles, bind
+from millrace.server.worker.service import EngineService
 
 INFO = BackendInfo(
     fingerprint="scripted-1",
@@ -106,3 +117,51 @@ class ScriptedEngine:
 
     def close(self) -> None:
         self.closed = True
+
+
+@dataclass
+class Worker:
+    """A worker inside the test's own process: the real service on a real socket."""
+
+    engine: ScriptedEngine
+    thread: EngineThread
+    service: EngineService
+    server: grpc.aio.Server
+    address: str
+
+    async def kill(self) -> None:
+        await self.server.stop(0)
+
+
+@asynccontextmanager
+async def worker(engine: ScriptedEngine, listen: str = "", tls: TLSFiles | None = None) -> AsyncIterator[Worker]:
+    with tempfile.TemporaryDirectory() as directory:
+        thread = EngineThread(lambda: engine)
+        service = EngineService(thread, EngineConfig())
+        server = grpc.aio.server(options=SERVER_OPTIONS)
+        address = bind(server, listen or f"unix:{directory}/worker", tls)
+        add_EngineServiceServicer_to_server(service, server)
+        thread.start(service.deliver)
+        await server.start()
+        try:
+            yield Worker(engine, thread, service, server, address)
+        finally:
+            await server.stop(0)
+            thread.close()
+            if engine.permits:
+                engine.permits.release(1_000_000)
+            if thread.ready.done() and not thread.ready.exception():
+                await thread.ended
+
+
+async def collect(stream: MergedStream) -> tuple[dict[int, list[int]], dict[int, TokenDelta], int]:
+    """Tokens of each choice, its last delta, and how many deltas there were."""
+    tokens: dict[int, list[int]] = {}
+    last: dict[int, TokenDelta] = {}
+    messages = 0
+    async for deltas in stream:
+        messages += 1
+        for delta in deltas:
+            tokens.setdefault(delta.choice, []).extend(delta.token_ids)
+            last[delta.choice] = delta
+    return tokens, last, messages

@@ -54,6 +54,7 @@ class EngineLink:
         )
         self.stub = EngineServiceStub(self._channel)
         self.stats = EngineStats()
+        self.messages = 0  # updates received
         self.late_tokens = 0  # of slots that were cancelled while the tokens were on their way
         self.ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()  # why
         self._on_end: Callable[[EngineLink], None] = lambda link: None
@@ -153,6 +154,7 @@ class EngineLink:
         self._end(why)
 
     def _handle(self, update: pb.StepUpdate) -> None:
+        self.messages += 1
         if update.HasField("stats"):
             self.stats = convert.engine_stats(update.step, update.stats)
         for admitted in update.admitted:

@@ -19,7 +19,7 @@ class EngineClient:
     """
 
     def __init__(self, credentials: grpc.ChannelCredentials | None = None):
-        """Credentials are for TCP; see `channel_credentials`."""
+        """Credentials are for TCP; without them workers are on Unix sockets."""
         self._credentials = credentials
         self._link: EngineLink | None = None
         self._served = False
@@ -53,6 +53,11 @@ class EngineClient:
 
     def stats(self) -> EngineStats:
         return self._link.stats if self._link else EngineStats()
+
+    @property
+    def messages(self) -> int:
+        """Updates that the present worker has sent: one for each engine step, however many streams there are."""
+        return self._link.messages if self._link else 0
 
     def on_ready(self, callback: Callable[[bool], None]) -> None:
         self._callbacks.append(callback)

@@ -1,0 +1,138 @@
+"""Looks after the worker of a gateway: starts it, watches it, replaces it."""
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import random
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from millrace.server.backends.credentials import channel_credentials
+from millrace.server.backends.engine_link import EngineLink
+from millrace.server.backends.watchdog import watch_progress
+from millrace.server.backends.worker_client import EngineClient
+from millrace.server.backends.worker_process import WORKER, WorkerProcess
+from millrace.server.config import EngineConfig, SupervisorConfig
+from millrace.server.errors import StartupError, Unavailable
+
+log = logging.getLogger(__name__)
+
+OnLoading = Callable[[int, int], None]  # bytes done, bytes in all
+
+FIRST_DELAY, LONGEST_DELAY = 0.2, 10.0  # seconds before a restart, doubled each time
+HEALTHY = 60.0  # seconds of service after which the next delay is the first one again
+GRACE = 5.0  # seconds to end in; by then no stream is left
+LAST_WORDS = 1.0  # seconds between a link's end and the exit status that explains it
+
+
+class Supervisor:
+    """Keeps `backend` linked to a worker process of its own, or with `config.worker` to one run elsewhere.
+
+    `backend` outlives its workers and tells `on_ready` of each change. Only the first start can fail.
+    """
+
+    def __init__(self, engine: EngineConfig, config: SupervisorConfig, command: Sequence[str] = WORKER):
+        """`command` starts a worker. Raises ConfigError if TLS files are missing or cannot be read."""
+        self.backend = EngineClient(channel_credentials(config))
+        self.process: WorkerProcess | None = None
+        self._engine, self._config, self._command = engine, config, command
+        self._delays = backoff()
+        self._directory: str | None = None
+        self._generation = itertools.count(1)
+        self._watch: asyncio.Task[None] | None = None
+
+    async def start(self, on_loading: OnLoading = lambda done, total: None) -> None:
+        """Return when `backend` is ready. Raises StartupError; `close` is the caller's all the same."""
+        try:
+            async with asyncio.timeout(self._config.worker_start_timeout):
+                link = await (self._find() if self._config.worker else self._launch(on_loading))
+        except TimeoutError:
+            raise StartupError(
+                f"no worker is ready after {self._config.worker_start_timeout:g} s (--worker-start-timeout)"
+            ) from None
+        except Unavailable as error:
+            raise StartupError(str(error)) from error
+        self._watch = asyncio.create_task(self._look_after(link))
+
+    async def close(self) -> None:
+        """End every stream, then the worker. Idempotent."""
+        if self._watch is not None:
+            self._watch.cancel()
+            await asyncio.gather(self._watch, return_exceptions=True)
+        await self.backend.close()
+        if self.process is not None:
+            await self.process.stop(GRACE)
+        if self._directory is not None:
+            shutil.rmtree(self._directory, ignore_errors=True)
+
+    async def _launch(self, on_loading: OnLoading) -> EngineLink:
+        """Start a worker and link to it."""
+        if self._directory is None:
+            self._directory = tempfile.mkdtemp(prefix="millrace-")  # only this user may enter
+        address = f"unix:{self._directory}/{next(self._generation)}"
+        self.process = await WorkerProcess.start(self._command, address, self._engine)
+        return await self.backend.connect(await self.process.loaded(on_loading))
+
+    async def _find(self) -> EngineLink:
+        """Link to the worker elsewhere, however long it takes."""
+        assert self._config.worker is not None
+        while True:
+            try:
+                return await self.backend.connect(self._config.worker)
+            except Unavailable as error:
+                log.warning("%s", error)
+                await asyncio.sleep(next(self._delays))
+
+    async def _look_after(self, link: EngineLink) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            since = loop.time()
+            log.error("replacing the worker: %s", await self._trouble(link))
+            if loop.time() - since >= HEALTHY:
+                self._delays = backoff()
+            link = await self._replace()
+
+    async def _trouble(self, link: EngineLink) -> str:
+        """Wait until the worker is lost or hangs; returns why, with every stream ended and the process gone."""
+        hang = asyncio.create_task(watch_progress(link.stub, self._config.worker_hang_timeout))
+        try:
+            futures: list[asyncio.Future[Any]] = [link.ended, hang]
+            await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
+            why = hang.result() if hang.done() else None
+            await link.close(why or "the worker is gone")
+            if self.process is None:
+                return why or link.ended.result()
+            if why:
+                await self.process.dump()
+            else:
+                with contextlib.suppress(TimeoutError):
+                    why = await asyncio.wait_for(self.process.ended(), LAST_WORDS)
+            await self.process.stop(grace=0)
+            return why or link.ended.result()
+        finally:
+            hang.cancel()
+
+    async def _replace(self) -> EngineLink:
+        if self._config.worker:
+            await asyncio.sleep(next(self._delays))
+            return await self._find()
+        while True:
+            await asyncio.sleep(next(self._delays))
+            try:
+                async with asyncio.timeout(self._config.worker_start_timeout):
+                    return await self._launch(lambda done, total: None)
+            except Exception as error:  # whatever it is, trying again is all there is
+                log.error("a new worker does not start: %s", error or type(error).__name__)
+                if self.process is not None:
+                    await self.process.stop(grace=0)
+
+
+def backoff() -> Iterator[float]:
+    """Delays that double up to a longest one, each shortened at random by up to half, in seconds."""
+    delay = FIRST_DELAY
+    while True:
+        yield delay * random.uniform(0.5, 1)
+        delay = min(2 * delay, LONGEST_DELAY)
