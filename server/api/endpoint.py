@@ -6,6 +6,7 @@ which lets callers without a key fill the memory with unfinished uploads.
 """
 
 import asyncio
+import logging
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -89,6 +90,11 @@ class Outcome:
         self.code, self.reason = grpc.StatusCode.CANCELLED, ""
 
     @property
+    def level(self) -> int:
+        """Failures are worth a line; of what succeeds, the gateway logs what has a cost."""
+        return logging.INFO if self.reason else logging.DEBUG
+
+    @property
     def facts(self) -> dict[str, object]:
         return {
             "tenant": self.caller.tenant,
@@ -116,8 +122,7 @@ class Endpoint:
             outcome.code = grpc.StatusCode.OK
         finally:
             self._rpcs.labels(self._method.path, outcome.code.name).inc()
-            if self._method.policy is Policy.TENANT:
-                log.info("rpc", method=self._method.path, **outcome.facts)
+            log.log(outcome.level, "rpc", method=self._method.path, **outcome.facts)
 
     async def _attempt(self, context: Context, outcome: Outcome) -> Failure | None:
         """Run the method; return the failure to report. Cancellation and a lost client pass through."""

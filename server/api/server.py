@@ -14,6 +14,7 @@ from millrace.server.config import ServerConfig
 from millrace.server.gateway.gateway import Gateway
 
 KIB = 1024
+MIN_PING_MS = 10_000  # a client that pings more often is cut off
 STOP_MARGIN = 5.0  # seconds beyond the grace before a server that does not stop is given up
 
 
@@ -32,11 +33,12 @@ def options(config: ServerConfig, request_bytes: int) -> list[tuple[str, int]]:
         ("grpc.max_concurrent_streams", 1024),
         ("grpc.max_metadata_size", 8 * KIB),
         ("grpc.absolute_max_metadata_size", 16 * KIB),
-        # The size cap holds before decompression: a bomb would pass it.
-        ("grpc.compression_enabled_algorithms_bitset", 1),
+        # By default a stream's window grows to many MiB, whether or not anyone reads the stream: what is not
+        # read would pile up here. Without probing, 64 KiB wait per stream until Endpoint reads it.
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.http2.lookahead_bytes", 64 * KIB),
         # Other servers set `min_recv_ping_interval_without_data_ms`, which does not exist.
-        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-        ("grpc.http2.min_recv_ping_interval_ms", 10_000),
+        ("grpc.http2.min_ping_interval_without_data_ms", MIN_PING_MS),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),

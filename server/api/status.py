@@ -20,6 +20,7 @@ DOMAIN = "millrace"
 MAX_DETAILS_BYTES = 4095
 MAX_MESSAGE = 512  # bytes
 MAX_VALUE = 160  # bytes of any other text
+PACKING = 64  # bytes around a packed BadRequest
 
 CODES = {
     "REQUEST_ERROR": StatusCode.INTERNAL,
@@ -75,8 +76,8 @@ def failure(error: RequestError) -> Failure:
     status = Status(code=code.value[0], message=message)
     status.details.append(_pack(details_pb.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata)))
     status.details.extend(map(_pack, _specific(error, message)))
-    if status.ByteSize() > MAX_DETAILS_BYTES:
-        del status.details[1:]
+    if isinstance(error, InvalidRequest) and error.violations:
+        status.details.append(_pack(_bad_request(error, MAX_DETAILS_BYTES - status.ByteSize() - PACKING)))
     trailers: list[tuple[str, str | bytes]] = [("grpc-status-details-bin", status.SerializeToString())]
     if isinstance(error, QuotaExceeded):
         trailers.append(("grpc-retry-pushback-ms", "-1"))  # forbids the retry (gRFC A6)
@@ -87,8 +88,6 @@ def failure(error: RequestError) -> Failure:
 
 def _specific(error: RequestError, message: str) -> list[Message]:
     found: list[Message] = []
-    if isinstance(error, InvalidRequest) and error.violations:
-        found.append(_bad_request(error))
     if isinstance(error, NotFound):
         name = _cut(error.resource_name, MAX_VALUE)
         found.append(
@@ -104,14 +103,15 @@ def _specific(error: RequestError, message: str) -> list[Message]:
     return found
 
 
-def _bad_request(error: InvalidRequest) -> details_pb.BadRequest:
-    """As many violations as fit half of the details; the message says how many there are."""
+def _bad_request(error: InvalidRequest, room: int) -> details_pb.BadRequest:
+    """The first violations, as many as fit `room` bytes; the message says how many there are."""
     bad = details_pb.BadRequest()
     for violation in error.violations:
         bad.field_violations.add(
             field=_cut(violation.field, MAX_VALUE), description=_cut(violation.description, MAX_VALUE)
         )
-        if bad.ByteSize() > MAX_DETAILS_BYTES // 2:
+        if bad.ByteSize() > room:
+            del bad.field_violations[-1]
             break
     return bad
 

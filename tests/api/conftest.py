@@ -18,6 +18,8 @@ from millrace.server.gateway.gateway import Gateway
 from millrace.server.gateway.limits import Limits
 from millrace.server.gateway.routing import ModelCard, Routes
 from millrace.server.telemetry.metrics import Metrics
+from millrace.server.text.template import ChatTemplate
+from millrace.server.text.tokenizer import Tokenizer
 from millrace.server.types import Caller
 from millrace.v1 import generation_pb2_grpc, model_pb2_grpc, tokenizer_pb2_grpc
 
@@ -30,10 +32,14 @@ def authenticate(authorization: str | None) -> Caller:
     return Caller("acme", "key1")
 
 
+def anyone(_: str | None) -> Caller:
+    return Caller("default")
+
+
 class House:
     """A server and a client of it. Every answer is `script`, then the end-of-sequence token."""
 
-    def __init__(self, card: ModelCard, config: ServerConfig, *, keys: bool):
+    def __init__(self, card: ModelCard, config: ServerConfig, *, keys: bool, max_context: int):
         self.tokenizer = card.tokenizer
         self.eos = next(iter(card.stop_token_ids))
         self.script = self.tokenizer.encode("one two three four five", add_special_tokens=False)
@@ -42,7 +48,7 @@ class House:
         self.limits = Limits(lambda tenant: self.limit)
         self.metrics = Metrics()
         self.gateway = Gateway(Routes([replace(card, backend=self.backend)]), self.limits, self.metrics)
-        self.server = ApiServer(self.gateway, config, authenticate if keys else lambda _: Caller("default"), 256)
+        self.server = ApiServer(self.gateway, config, authenticate if keys else anyone, max_context)
 
     async def open(self) -> None:
         self.port = await self.server.start()
@@ -65,15 +71,24 @@ class House:
 
 @pytest.fixture(scope="session")
 def card() -> ModelCard:
-    return ModelCard.load("builtin", BUILTIN, FakeBackend(lambda request, choice: []), aliases=["default"])
+    tokenizer = Tokenizer.load(BUILTIN)
+    assert tokenizer.eos_id is not None
+    return ModelCard(
+        name="builtin",
+        tokenizer=tokenizer,
+        backend=FakeBackend(lambda request, choice: []),
+        template=ChatTemplate.load(BUILTIN, tokenizer),
+        aliases=("default",),
+        stop_token_ids=frozenset({tokenizer.eos_id}),
+    )
 
 
 @pytest.fixture
 def open_house(card: ModelCard):  # type: ignore[no-untyped-def]  # the type of a context manager factory says nothing
     @asynccontextmanager
-    async def factory(*, keys: bool = False, **settings: object) -> AsyncIterator[House]:
+    async def factory(*, keys: bool = False, max_context: int = 256, **settings: object) -> AsyncIterator[House]:
         config = ServerConfig.model_validate({"host": "127.0.0.1", "port": 0, **settings})
-        house = House(card, config, keys=keys)
+        house = House(card, config, keys=keys, max_context=max_context)
         await house.open()
         try:
             yield house

@@ -1,7 +1,5 @@
 """Streams over the wire: order, numbering, equality with the unary answer, cancellation, slow readers."""
 
-import asyncio
-
 import grpc
 import pytest
 
@@ -76,9 +74,8 @@ async def test_a_cancelled_call_frees_what_it_holds(house) -> None:
     assert (await call.read()).HasField("started")
     assert house.limits.live == 1
     call.cancel()
-    async with asyncio.timeout(10):
-        while house.limits.live or house.backend.live:
-            await asyncio.sleep(0.01)
+    assert await house.limits.idle(10)
+    assert not house.backend.live
 
 
 async def test_a_deadline_frees_what_the_call_holds(house) -> None:
@@ -86,9 +83,8 @@ async def test_a_deadline_frees_what_the_call_holds(house) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as raised:
         await house.generation.Generate(ask(), timeout=0.3)
     assert raised.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
-    async with asyncio.timeout(10):
-        while house.limits.live or house.backend.live:
-            await asyncio.sleep(0.01)
+    assert await house.limits.idle(10)
+    assert not house.backend.live
 
 
 async def test_a_reader_that_stands_still_is_let_go(open_house, reason_of) -> None:
@@ -104,14 +100,17 @@ async def test_a_reader_that_stands_still_is_let_go(open_house, reason_of) -> No
         )
         call = stream(ask(sampling=pb.SamplingParams(n=8), output=output))
         assert (await call.read()).HasField("started")
-        async with asyncio.timeout(20):
-            while house.limits.live or house.backend.live:
-                await asyncio.sleep(0.05)
-        last = 1
-        with pytest.raises(grpc.aio.AioRpcError) as raised:
+        assert await house.limits.idle(20)
+        assert not house.backend.live
+
+        async def read_on() -> None:
+            last = 1
             while (message := await call.read()) is not grpc.aio.EOF:
                 last += 1
                 assert message.sequence == last
+
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await read_on()
         info = reason_of(raised.value)
         assert info.reason == "SLOW_READER"
         assert raised.value.code() == grpc.StatusCode.ABORTED
