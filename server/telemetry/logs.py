@@ -35,6 +35,7 @@ def configure_logs(
     handler = logging.StreamHandler(stream)
     formatter_chain: list[Processor] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta, *last]
     handler.setFormatter(structlog.stdlib.ProcessorFormatter(processors=formatter_chain, foreign_pre_chain=shared))
+    logging.getLogger("millrace").setLevel(level.upper())
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
 
 

@@ -361,3 +361,17 @@ async def test_the_log_has_counts_and_no_text(house, ask, logs) -> None:
     assert "canary" not in str(entry)
     assert (entry["request_id"], entry["tenant"], entry["outcome"]) == ("job-7", "acme", "OK")
     assert (entry["output_tokens"], entry["finish"], entry["labels"]) == (len(tokens), ["stop"], {"team": "search"})
+
+
+async def test_a_matched_choice_stops_at_the_backend(house, ask) -> None:
+    """At the very step of the match; the other choice goes on."""
+    tokens = house.say("stop here, please")
+    request = ask(sampling=SamplingParams(n=2), stopping=StoppingCriteria(stop_strings=("here",)))
+    house.backend.answer = lambda request, choice: tokens * 20 if choice == 0 else [tokens[0]] * 100 + [house.eos]
+    async with aclosing(house.gateway.generate(CALLER, request)) as events:
+        await anext(events)
+        (stream,) = house.backend.live
+        rest = [event async for event in events]
+    made = next(n for n in range(1, len(tokens) + 1) if "here" in house.tokenizer.decode(tokens[:n]))
+    assert stream.made == {0: made, 1: 101}
+    assert rest[-1].usage.output_tokens >= 100

@@ -1,0 +1,207 @@
+"""The server as a whole: the only file that knows every part."""
+
+import asyncio
+import os
+import resource
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack, contextmanager
+from itertools import count
+from typing import Any
+
+import uvloop
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+from millrace.server.api.server import ApiServer
+from millrace.server.backends.base import Backend
+from millrace.server.backends.supervisor import Supervisor
+from millrace.server.config import ServerConfig, Settings
+from millrace.server.errors import ConfigError, StartupError
+from millrace.server.gateway.auth import KeyStore
+from millrace.server.gateway.gateway import Gateway
+from millrace.server.gateway.limits import Limits
+from millrace.server.gateway.routing import ModelCard, Routes
+from millrace.server.model.checkpoint import Checkpoint, read_config, read_generation
+from millrace.server.model.registry import model_spec
+from millrace.server.telemetry.logs import configure_logs, get_logger
+from millrace.server.telemetry.metrics import Metrics, MetricsServer
+from millrace.server.text.template import ChatTemplate
+from millrace.server.text.tokenizer import Tokenizer
+
+LAST_WORDS = 2.0  # seconds for streams to send the status that a drain ended them with
+WATCHDOG = 20.0  # seconds beyond the grace after which the process ends in any case
+
+log = get_logger()
+
+
+def run(settings: Settings, console: Console) -> int:
+    """Serve until SIGTERM or SIGINT; return the exit status. A StartupError becomes one line on standard error."""
+    configure_logs(settings.server.log_format, settings.server.log_level)
+    raise_file_limit()
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # workers are spawned; its handlers only complain
+    try:
+        return uvloop.run(serve(settings, console))
+    except StartupError as error:
+        print(f"millrace: {error}", file=sys.stderr)
+        return 1
+
+
+async def serve(settings: Settings, console: Console) -> int:
+    """What is fast and fails early comes first; the port is held and health is truthful while the model loads."""
+    stop = stop_signal()
+    keystore = KeyStore.load(settings.server.api_keys)
+    supervisor = Supervisor(settings.engine, settings.supervisor)
+    card, context = read_model(settings, supervisor.backend)
+    metrics = Metrics()
+    metrics.watch_engine(supervisor.backend.stats, lambda: supervisor.backend.messages)
+    gateway = Gateway(Routes([card]), tenant_limits(keystore, settings.server), metrics)
+    api = ApiServer(gateway, settings.server, keystore.authenticate, context)
+    # What ends is the reverse of what is here: the worker last, after every stream.
+    async with AsyncExitStack() as stack:
+        stack.callback(gateway.close)
+        stack.push_async_callback(supervisor.close)
+        page = start_metrics(stack, metrics, settings.server)
+        port = await api.start()
+        stack.push_async_callback(api.stop, LAST_WORDS)
+        with loading_bar(console, card.name) as progress:
+            await first_of(stop, loading := asyncio.ensure_future(supervisor.start(progress)))
+        if stop.done():
+            loading.cancel()
+            await asyncio.gather(loading, return_exceptions=True)
+            return 0
+        loading.result()
+        follow_worker(supervisor.backend, gateway, api)
+        reload_on_hangup(keystore)
+        announce(console, settings.server, card, port, page)
+        await stop
+        log.info("draining", live_requests=gateway.limits.live, grace=settings.server.grace)
+        arm_watchdog(settings.server.grace + WATCHDOG)
+        api.set_ready(False)
+        await gateway.drain(settings.server.grace)
+    log.info("stopped")
+    return 0
+
+
+def read_model(settings: Settings, backend: Backend) -> tuple[ModelCard, int]:
+    """Read all of a checkpoint but its weights; return its card and the largest context. Raises CheckpointError.
+
+    A worker elsewhere has the weights; here they need not be.
+    """
+    directory = settings.engine.checkpoint
+    config = read_config(directory)
+    spec = model_spec(config) if settings.supervisor.worker else Checkpoint.open(directory).spec
+    generation = read_generation(directory, config)
+    tokenizer = Tokenizer.load(directory)
+    eos_ids = generation.eos_token_ids or ((tokenizer.eos_id,) if tokenizer.eos_id is not None else ())
+    name = settings.server.served_model_name or (
+        "builtin" if settings.engine.model == "builtin" else directory.resolve().name
+    )
+    card = ModelCard(
+        name=name,
+        tokenizer=tokenizer,
+        template=ChatTemplate.load(directory, tokenizer),
+        backend=backend,
+        default_sampling=generation.sampling,
+        stop_token_ids=frozenset(eos_ids),
+    )
+    return card, settings.engine.max_model_len or spec.context
+
+
+def tenant_limits(keystore: KeyStore, config: ServerConfig) -> Limits:
+    """Live requests per tenant: the key file's number, else --max-concurrent-requests."""
+    return Limits(lambda tenant: keystore.tenant(tenant).max_concurrent_requests or config.max_concurrent_requests)
+
+
+def start_metrics(stack: AsyncExitStack, metrics: Metrics, config: ServerConfig) -> str | None:
+    """Return the address of the page, or None if there is none."""
+    if config.metrics_port is None:
+        return None
+    server = MetricsServer(metrics, config.metrics_host, config.metrics_port)
+    stack.callback(server.close)
+    return server.url
+
+
+@contextmanager
+def loading_bar(console: Console, name: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield what is told (bytes done, bytes in all)."""
+    columns = TextColumn("Loading {task.description}"), BarColumn(), DownloadColumn()
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(name, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def follow_worker(backend: Backend, gateway: Gateway, api: ApiServer) -> None:
+    """Health says what the worker is, which is ready now; every later time that it becomes ready is a restart."""
+    earlier_starts = count()
+
+    def on_ready(ready: bool) -> None:
+        if ready and next(earlier_starts):
+            gateway.metrics.engine_restarts.inc()
+        api.set_ready(ready and not gateway.limits.draining)
+
+    backend.on_ready(on_ready)
+
+
+def announce(console: Console, config: ServerConfig, card: ModelCard, port: int, page: str | None) -> None:
+    """The ready line, and commands that work."""
+    host = "127.0.0.1" if config.host in ("0.0.0.0", "::") else config.host
+    address = f"{f'[{host}]' if ':' in host else host}:{port}"
+    scheme = "grpcs" if config.tls_cert else "grpc"
+    lines = [
+        f"Ready: model {card.name} at {scheme}://{address}",
+        f"  millrace chat --address {address}",
+        f'  millrace generate --address {address} "A queue keeps"',
+    ]
+    if page:
+        lines.append(f"  curl {page}")
+    for line in lines:
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def reload_on_hangup(keystore: KeyStore) -> None:
+    """SIGHUP reads the keys again; a damaged file changes nothing."""
+
+    def reload() -> None:
+        try:
+            keystore.reload()
+        except ConfigError as error:
+            log.error("keys not reloaded", error=str(error))
+        else:
+            log.info("keys reloaded")
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
+
+
+def stop_signal() -> asyncio.Future[None]:
+    """Resolves with the first SIGTERM or SIGINT; the second ends the process at once."""
+    loop = asyncio.get_running_loop()
+    stop: asyncio.Future[None] = loop.create_future()
+
+    def on_signal(number: int) -> None:
+        if stop.done():
+            os._exit(128 + number)
+        stop.set_result(None)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number)
+    return stop
+
+
+async def first_of(*futures: asyncio.Future[Any]) -> None:
+    await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
+
+
+def arm_watchdog(seconds: float) -> None:
+    """Shutting down gRPC can hang; the process then ends all the same, with status 1."""
+    timer = threading.Timer(seconds, os._exit, (1,))
+    timer.daemon = True
+    timer.start()
+
+
+def raise_file_limit() -> None:
+    """Every connection is a file; the soft limit is often 1024."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
