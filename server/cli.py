@@ -45,6 +45,8 @@ def serve(config: Config = None, **flags: Any) -> None:
     Every setting can also stand in --config FILE or in the environment as MILLRACE_NAME; flags win over the
     environment, and the environment over the file.
     """
+    # Workers are spawned; the fork handlers of gRPC, which reads this when it is imported, only complain.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     from rich.console import Console
 
     from millrace.server.app import run
@@ -130,17 +132,15 @@ def models(address: Address = LOCAL, api_key: ApiKey = None, ca: CA = None) -> N
     from rich.console import Console
     from rich.table import Table
 
-    from millrace.server.client import TLS, Client
-    from millrace.v1.model_pb2 import ModelState
+    from millrace.server.client import TLS, Client, state_name
 
     with Client(address, api_key=api_key, tls=TLS(ca) if ca else None) as client:
         found = client.models()
     table = Table("name", "aliases", "state", "architecture", "parameters", "context", "can", "runs on")
     for m in found:
-        state = ModelState.Name(m.state).removeprefix("MODEL_STATE_").lower()
         size, context = f"{m.parameters:,}", f"{m.limits.max_context_tokens:,}"
         can = ", ".join(m.capabilities)
-        table.add_row(m.name, ", ".join(m.aliases), state, m.architecture, size, context, can, m.backend)
+        table.add_row(m.name, ", ".join(m.aliases), state_name(m), m.architecture, size, context, can, m.backend)
     Console().print(table)
 
 

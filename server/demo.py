@@ -14,8 +14,7 @@ from statistics import median
 from rich.console import Console
 from rich.table import Table
 
-from millrace.server.client import Client
-from millrace.server.client.calls import new_text
+from millrace.server.client import Client, new_text
 from millrace.server.errors import MillraceError
 
 QUESTION = "What does a load balancer do? A load balancer"

@@ -9,9 +9,21 @@ documented in `proto/`. Failures are the errors of `millrace.server.errors`, as 
 """
 
 from millrace.server.client.aio import AsyncClient
+from millrace.server.client.calls import new_text, state_name
 from millrace.server.client.connection import DEFAULT_ADDRESS, TLS
 from millrace.server.client.requests import Options, Prompt
 from millrace.server.client.sync import Client
 from millrace.server.types import Message, Role
 
-__all__ = ["DEFAULT_ADDRESS", "TLS", "AsyncClient", "Client", "Message", "Options", "Prompt", "Role"]
+__all__ = [
+    "DEFAULT_ADDRESS",
+    "TLS",
+    "AsyncClient",
+    "Client",
+    "Message",
+    "Options",
+    "Prompt",
+    "Role",
+    "new_text",
+    "state_name",
+]

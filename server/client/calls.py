@@ -79,6 +79,11 @@ def health_name(response: health_pb2.HealthCheckResponse) -> str:
     return str(health_pb2.HealthCheckResponse.ServingStatus.Name(response.status))
 
 
+def state_name(model: model_pb2.Model) -> str:
+    """`ready`, `loading` or `failed`."""
+    return model_pb2.ModelState.Name(model.state).removeprefix("MODEL_STATE_").lower()
+
+
 def new_text(event: pb.StreamGenerateResponse) -> str:
     """What the first choice gained."""
     return "".join(choice.text for choice in event.deltas.choices if choice.index == 0)
