@@ -41,7 +41,6 @@ def run(settings: Settings, console: Console) -> int:
     """Serve until SIGTERM or SIGINT; return the exit status. A StartupError becomes one line on standard error."""
     configure_logs(settings.server.log_format, settings.server.log_level)
     raise_file_limit()
-    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # workers are spawned; its handlers only complain
     try:
         return uvloop.run(serve(settings, console))
     except StartupError as error:
@@ -128,7 +127,7 @@ def start_metrics(stack: AsyncExitStack, metrics: Metrics, config: ServerConfig)
 def loading_bar(console: Console, name: str) -> Iterator[Callable[[int, int], None]]:
     """Yield what is told (bytes done, bytes in all)."""
     columns = TextColumn("Loading {task.description}"), BarColumn(), DownloadColumn()
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(name, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable, Iterator
 from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -19,6 +19,8 @@ class Metrics:
     """One registry of a gateway process. Histograms are in seconds."""
 
     def __init__(self) -> None:
+        # They double the page and nobody asks for them.
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # the package has no types for it
         self.registry = CollectorRegistry()
 
         def counter(name: str, text: str, *labels: str) -> Counter:
