@@ -1,0 +1,232 @@
+"""The Python client against the real server over a fake backend."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing, closing
+from typing import Any
+
+import grpc
+import pytest
+from fakes import FakeBackend
+
+from millrace.server import errors
+from millrace.server.api.server import ApiServer
+from millrace.server.client import AsyncClient, Client, Message, Role, new_text
+from millrace.server.client.failures import BARE
+from millrace.server.client.requests import Options, generate_request
+from millrace.server.config import BUILTIN, ServerConfig
+from millrace.server.errors import RequestError
+from millrace.server.gateway.gateway import Gateway
+from millrace.server.gateway.limits import Limits
+from millrace.server.gateway.routing import ModelCard, Routes
+from millrace.server.telemetry.metrics import Metrics
+from millrace.server.text.template import ChatTemplate
+from millrace.server.text.tokenizer import Tokenizer
+from millrace.server.types import Caller, TokenRequest
+from millrace.v1 import generation_pb2 as pb
+
+ANSWER = " keeps what comes in order"
+TOKENIZER = Tokenizer.load(BUILTIN)
+TEMPLATE = ChatTemplate.load(BUILTIN, TOKENIZER)
+IDS = TOKENIZER.encode(ANSWER, add_special_tokens=False)
+
+
+class Backend(FakeBackend):
+    def __init__(self) -> None:
+        super().__init__(lambda request, choice: IDS * 100)
+        self.attempts = 0
+
+    async def generate(self, request: TokenRequest) -> Any:
+        self.attempts += 1
+        return await super().generate(request)
+
+
+class Served:
+    """A running server: its address, its backend, and the header that the last call carried."""
+
+    def __init__(self) -> None:
+        self.backend = Backend()
+        self.authorization: str | None = None
+        card = ModelCard("small", TOKENIZER, self.backend, TEMPLATE)
+        self.gateway = Gateway(Routes([card]), Limits(lambda tenant: 100), Metrics())
+        self.api = ApiServer(self.gateway, ServerConfig(port=0), self.authenticate, 256)
+
+    def authenticate(self, authorization: str | None) -> Caller:
+        self.authorization = authorization
+        return Caller("default")
+
+
+@pytest.fixture
+async def served() -> AsyncIterator[Served]:
+    served = Served()
+    served.address = f"127.0.0.1:{await served.api.start()}"
+    served.api.set_ready(True)
+    yield served
+    await served.api.stop(0)
+    served.gateway.close()
+
+
+async def in_thread(served: Served, use: Callable[[Client], Any], **options: Any) -> Any:
+    """What `use` makes of a sync client; the server shares this event loop."""
+
+    def work() -> Any:
+        with Client(served.address, **options) as client:
+            return use(client)
+
+    return await asyncio.to_thread(work)
+
+
+async def test_sync_and_async_say_the_same(served: Served) -> None:
+    def ask(client: Client) -> list[Any]:
+        conversation = [Message(Role.USER, "hello")]
+        return [
+            client.generate("A queue", max_output_tokens=len(IDS)).choices[0].text,
+            "".join(client.stream_text([1, 2, 3], max_output_tokens=len(IDS))),
+            client.tokenize("two words"),
+            client.detokenize(client.tokenize("two words")),
+            client.render_chat(conversation),
+            client.generate(conversation, max_output_tokens=2, token_ids=True).choices[0].token_ids.ids,
+            [model.name for model in client.models()],
+            client.health(),
+        ]
+
+    async with AsyncClient(served.address) as client:
+        conversation = [Message(Role.USER, "hello")]
+        answers = [
+            (await client.generate("A queue", max_output_tokens=len(IDS))).choices[0].text,
+            "".join([t async for t in client.stream_text([1, 2, 3], max_output_tokens=len(IDS))]),
+            await client.tokenize("two words"),
+            await client.detokenize(await client.tokenize("two words")),
+            await client.render_chat(conversation),
+            (await client.generate(conversation, max_output_tokens=2, token_ids=True)).choices[0].token_ids.ids,
+            [model.name for model in await client.models()],
+            await client.health(),
+        ]
+    assert answers == await in_thread(served, ask)
+    assert answers[:2] == [ANSWER, ANSWER]
+    assert answers[3].endswith("two words")
+    assert answers[5:] == [IDS[:2], ["small"], "SERVING"]
+
+
+async def test_stream_of_events(served: Served) -> None:
+    def ask(client: Client) -> list[pb.StreamGenerateResponse]:
+        return list(client.stream("A queue", max_output_tokens=len(IDS), seed=9, n=2))
+
+    events = await in_thread(served, ask)
+    assert [e.WhichOneof("event") for e in (events[0], events[-1])] == ["started", "completed"]
+    assert events[0].started.effective_sampling.seed == 9
+    assert "".join(map(new_text, events)) == ANSWER
+    assert events[-1].completed.usage.output_tokens == 2 * len(IDS)
+
+
+async def test_closing_a_stream_cancels_the_request(served: Served) -> None:
+    def leave(client: Client) -> None:
+        served.backend.resumed.set()
+        with closing(client.stream("A queue", max_output_tokens=100)) as events:
+            next(events)
+
+    await in_thread(served, leave)
+    await settle(served.backend)
+    async with AsyncClient(served.address) as client:
+        async with aclosing(client.stream("A queue", max_output_tokens=100)) as events:
+            await anext(events)
+        await settle(served.backend)
+
+
+async def settle(backend: FakeBackend) -> None:
+    async with asyncio.timeout(10):
+        while backend.live:  # noqa: ASYNC110  # the fake tells nobody
+            await asyncio.sleep(0.01)
+
+
+def tree(cls: type[RequestError] = RequestError) -> list[type[RequestError]]:
+    return [cls, *(leaf for child in cls.__subclasses__() for leaf in tree(child))]
+
+
+def make(cls: type[RequestError]) -> RequestError:
+    if issubclass(cls, errors.NotFound):
+        return cls("no such thing", resource_type="thing", resource_name="it")
+    if issubclass(cls, errors.InvalidRequest):
+        return cls.at("sampling.top_p", "must be at most 1", limit="1")
+    return cls("it went wrong", metadata={"limit": "5"}, retry_after=0.02 if cls.retry_after is not None else None)
+
+
+@pytest.mark.parametrize("cls", [c for c in tree() if c not in (RequestError, errors.InternalError)])
+async def test_errors_arrive_as_they_were_raised(cls: type[RequestError], served: Served) -> None:
+    served.backend.error = raised = make(cls)
+    async with AsyncClient(served.address) as client:
+        with pytest.raises(RequestError) as found:
+            await client.generate("A queue", model="small")
+    check_equal(found.value, raised)
+    with pytest.raises(RequestError) as found:
+        await in_thread(served, lambda client: list(client.stream("A queue", model="small")))
+    check_equal(found.value, raised)
+
+
+def check_equal(found: RequestError, raised: RequestError) -> None:
+    assert type(found) is type(raised)
+    assert found.message == raised.message
+    assert found.metadata == raised.metadata
+    assert found.retry_after == raised.retry_after
+    if isinstance(raised, errors.InvalidRequest):
+        assert isinstance(found, errors.InvalidRequest)
+        assert found.violations == raised.violations
+
+
+@pytest.mark.parametrize(("cls", "attempts"), [(errors.QueueFull, 4), (errors.QuotaExceeded, 1), (errors.NotFound, 1)])
+async def test_grpc_repeats_what_may_be_repeated(cls: type[RequestError], attempts: int, served: Served) -> None:
+    served.backend.error = make(cls)
+    async with AsyncClient(served.address) as client:
+        with pytest.raises(cls):
+            await client.generate("A queue", model="small")
+    assert served.backend.attempts == attempts
+
+
+async def test_deadline(served: Served) -> None:
+    served.backend.resumed.clear()
+    async with AsyncClient(served.address, model="small", timeout=0.3) as client:
+        with pytest.raises(errors.DeadlineExceeded):
+            await client.generate("A queue")
+
+
+async def test_key_is_sent(served: Served) -> None:
+    async with AsyncClient(f"grpc://{served.address}", api_key="mk-1-abc") as client:
+        await client.models()
+    assert served.authorization == "Bearer mk-1-abc"
+
+
+def test_nobody_there() -> None:
+    with Client("unix:/nonexistent/socket") as client, pytest.raises(errors.Unavailable, match="millrace serve"):
+        client.models()
+
+
+def test_bare_statuses_map_to_the_same_kind() -> None:
+    assert BARE[grpc.StatusCode.UNAUTHENTICATED] is errors.Unauthenticated
+    assert grpc.StatusCode.OK not in BARE
+
+
+def test_every_option_reaches_its_field() -> None:
+    given: dict[str, Any] = {
+        name: {"text": False, "request_id": "r1", "labels": {"a": "b"}, "logit_bias": {5: 1.5}}.get(name, 1)
+        for name in Options.__annotations__
+    } | {"stop_strings": ["x", "y"], "stop_token_ids": [7]}
+    request = generate_request("p", "m", given)  # type: ignore[arg-type]  # built at run time
+    parts = (request.sampling, request.stopping, request.output, request.stream, request)
+    arrived = {field.name for part in parts for field, _ in part.ListFields()}
+    assert given.keys() - arrived == set()
+    assert request.output.logprobs.top_n == 1
+    assert request.stopping.time_limit.ToTimedelta().total_seconds() == 1
+    assert request.sampling.logit_bias == {5: 1.5}
+
+
+@pytest.mark.parametrize("name", ["sampling", "model", "chat", "temperatur", "stop"])
+def test_unknown_option(name: str) -> None:
+    with pytest.raises(TypeError, match=name):
+        generate_request("p", "m", {name: 1})  # type: ignore[misc]  # wrong on purpose
+
+
+def test_zero_is_set() -> None:
+    request = generate_request([1], "m", {"temperature": 0, "seed": 0})
+    assert request.sampling.HasField("temperature")
+    assert request.sampling.HasField("seed")
+    assert not request.sampling.HasField("top_p")
