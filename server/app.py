@@ -148,11 +148,13 @@ def announce(console: Console, config: ServerConfig, card: ModelCard, port: int,
     """The ready line, and commands that work."""
     host = "127.0.0.1" if config.host in ("0.0.0.0", "::") else config.host
     address = f"{f'[{host}]' if ':' in host else host}:{port}"
-    scheme = "grpcs" if config.tls_cert else "grpc"
+    url = f"{'grpcs' if config.tls_cert else 'grpc'}://{address}"
+    where = url if config.tls_cert else address
     lines = [
-        f"Ready: model {card.name} at {scheme}://{address}",
-        f"  millrace chat --address {address}",
-        f'  millrace generate --address {address} "A queue keeps"',
+        f"Ready: model {card.name} at {url}",
+        *(["  export MILLRACE_API_KEY=mk-…"] if config.api_keys else []),
+        f"  millrace chat --address {where}",
+        f'  millrace generate --address {where} "A queue keeps"',
     ]
     if page:
         lines.append(f"  curl {page}")

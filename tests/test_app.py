@@ -1,0 +1,114 @@
+"""How the parts are put together; tests/e2e asks the same of a running server."""
+
+import io
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from fakes import FakeBackend
+from rich.console import Console
+
+from millrace.server.app import announce, follow_worker, read_model, tenant_limits
+from millrace.server.config import BUILTIN, EngineConfig, ServerConfig, Settings, SupervisorConfig
+from millrace.server.errors import CheckpointError, QuotaExceeded
+from millrace.server.gateway.auth import KeyStore, new_key
+from millrace.server.gateway.gateway import Gateway
+from millrace.server.gateway.limits import Limits
+from millrace.server.gateway.routing import Routes
+from millrace.server.telemetry.metrics import Metrics
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """The built-in checkpoint without its weights."""
+    target = tmp_path / "my-model"
+    shutil.copytree(BUILTIN, target, ignore=shutil.ignore_patterns("*.safetensors", "*.py", "__pycache__"))
+    return target
+
+
+def settings_of(directory: Path | str, **server: object) -> Settings:
+    """Settings with a worker elsewhere, so that no weights are needed here."""
+    return Settings(
+        engine=EngineConfig(model=str(directory)),
+        supervisor=SupervisorConfig(worker="unix:/nowhere"),
+        server=ServerConfig(**server),
+    )
+
+
+def silent(request, choice):
+    return []
+
+
+def test_card_of_a_checkpoint(directory: Path) -> None:
+    card, context = read_model(settings_of(directory), FakeBackend(silent))
+    assert (card.name, card.capabilities, context) == ("my-model", ("generate", "chat"), 1024)
+    assert (card.default_sampling.top_p, card.stop_token_ids) == (0.9, {0})
+    assert read_model(settings_of(directory, served_model_name="nice"), FakeBackend(silent))[0].name == "nice"
+    assert read_model(settings_of("builtin"), FakeBackend(silent))[0].name == "builtin"
+
+
+def test_end_token_from_the_tokenizer_where_nothing_else_names_one(directory: Path) -> None:
+    for name in ("config.json", "generation_config.json"):
+        values = json.loads((directory / name).read_text())
+        del values["eos_token_id"]
+        (directory / name).write_text(json.dumps(values))
+    assert read_model(settings_of(directory), FakeBackend(silent))[0].stop_token_ids == {0}
+
+
+def test_missing_weights_are_said_before_a_worker_starts(directory: Path) -> None:
+    settings = settings_of(directory).model_copy(update={"supervisor": SupervisorConfig()})
+    with pytest.raises(CheckpointError, match=re.escape(str(directory))):
+        read_model(settings, FakeBackend(silent))
+
+
+def test_tenants_limits_come_from_the_key_file_or_the_flag(tmp_path: Path) -> None:
+    path = tmp_path / "keys.toml"
+    path.write_text(new_key("acme")[1] + "[tenants.acme]\nmax_concurrent_requests = 1\n")
+    limits = tenant_limits(KeyStore.load(path), ServerConfig(max_concurrent_requests=2))
+    with limits.admit("acme"):
+        with pytest.raises(QuotaExceeded), limits.admit("acme"):
+            pass
+        with limits.admit("other"), limits.admit("other"), pytest.raises(QuotaExceeded), limits.admit("other"):
+            pass
+
+
+class FakeApi:
+    def __init__(self) -> None:
+        self.said: list[bool] = []
+
+    def set_ready(self, ready: bool) -> None:
+        self.said.append(ready)
+
+
+def test_health_follows_the_worker_until_the_drain() -> None:
+    backend, api, limits = FakeBackend(silent), FakeApi(), Limits(lambda tenant: 1)
+    gateway = Gateway(Routes([]), limits, Metrics())
+    follow_worker(backend, gateway, api)
+    backend.set_ready(False)
+    backend.set_ready(True)
+    assert api.said == [True, False, True]
+    assert gateway.metrics.registry.get_sample_value("millrace_engine_restarts_total") == 1
+    limits.refuse()
+    backend.set_ready(True)
+    assert api.said[-1] is False
+    gateway.close()
+
+
+@pytest.mark.parametrize(
+    ("server", "expected"),
+    [
+        ({"host": "127.0.0.1"}, ["grpc://127.0.0.1:77", "chat --address 127.0.0.1:77"]),
+        ({"host": "0.0.0.0"}, ["grpc://127.0.0.1:77"]),
+        ({"host": "::1"}, ["grpc://[::1]:77", "chat --address [::1]:77"]),
+        ({"tls_cert": "c.pem", "api_keys": "k"}, ["chat --address grpcs://127.0.0.1:77", "MILLRACE_API_KEY"]),
+    ],
+)
+def test_ready_lines(directory: Path, server: dict[str, object], expected: list[str]) -> None:
+    card, _ = read_model(settings_of(directory), FakeBackend(silent))
+    out = io.StringIO()
+    page = "http://127.0.0.1:9464/metrics"
+    announce(Console(file=out, width=20), ServerConfig(**server), card, 77, page)
+    for text in [*expected, "model my-model", page]:
+        assert text in out.getvalue()
