@@ -1,5 +1,6 @@
 """An engine whose every token is known beforehand, for both ends of the engine link."""
 
+import asyncio
 import tempfile
 import threading
 import time
@@ -151,7 +152,8 @@ async def worker(engine: ScriptedEngine, listen: str = "", tls: TLSFiles | None 
             if engine.permits:
                 engine.permits.release(1_000_000)
             if thread.ready.done() and not thread.ready.exception():
-                await thread.ended
+                await asyncio.wait({thread.ended})
+                thread.ended.exception()  # a test that expects one has seen it
 
 
 async def collect(stream: MergedStream) -> tuple[dict[int, list[int]], dict[int, TokenDelta], int]:

@@ -135,7 +135,8 @@ class EngineThread:
                 engine.cancel(command)
             else:
                 admit(engine, command, report)
-        if engine.has_work:
+        # After a cancel there may be nothing to run, but what it freed is news.
+        if engine.has_work or any(isinstance(command, int) for command in commands):
             report.output = engine.step()
             self._step = report.output.step
         return report

@@ -63,6 +63,8 @@ def bind(server: grpc.aio.Server, listen: str, tls: TLSFiles | None) -> str:
 
 def bind_unix(server: grpc.aio.Server, path: Path) -> None:
     """gRPC replaces whatever socket it finds, so one that somebody answers on is looked for first."""
+    if not path.parent.is_dir():
+        raise ConfigError(f"--listen unix:{path}: there is no directory {path.parent}")
     if path.exists() and not stat.S_ISSOCK(path.stat().st_mode):
         raise AddressInUse(f"--listen unix:{path}: the file exists and is no socket")
     with socket.socket(socket.AF_UNIX) as probe:

@@ -1,0 +1,233 @@
+"""The supervisor over real worker processes."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from link_fakes import CRASHES, HANGS, ScriptedEngine, collect, script, token_request, worker
+
+from millrace.server.backends import supervisor as supervision
+from millrace.server.backends.supervisor import FIRST_DELAY, LONGEST_DELAY, Supervisor, backoff
+from millrace.server.config import EngineConfig, SupervisorConfig
+from millrace.server.errors import EngineLost, EngineRestarting, StartupError
+
+WORKER = (sys.executable, str(Path(__file__).parents[1] / "scripted_worker.py"))
+
+
+@asynccontextmanager
+async def supervised(model: str = "0.002", hang_timeout: float = 30) -> AsyncIterator[Supervisor]:
+    supervisor = Supervisor(EngineConfig(model=model), SupervisorConfig(worker_hang_timeout=hang_timeout), WORKER)
+    try:
+        await supervisor.start()
+        yield supervisor
+    finally:
+        await supervisor.close()
+
+
+def pid_of(supervisor: Supervisor) -> int:
+    assert supervisor.process is not None
+    return supervisor.process.pid
+
+
+def is_alive(pid: int) -> bool:
+    with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def modes(directory: str) -> list[int]:
+    root = Path(directory)
+    return [path.stat().st_mode & 0o777 for path in (root, *root.iterdir())] if root.exists() else []
+
+
+async def next_readiness(supervisor: Supervisor, ready: bool) -> None:
+    seen = asyncio.Event()
+    supervisor.backend.on_ready(lambda now: seen.set() if now is ready else None)
+    async with asyncio.timeout(30):
+        await seen.wait()
+
+
+async def expect_service(supervisor: Supervisor, first: int) -> None:
+    stream = await supervisor.backend.generate(token_request(first, 9))
+    assert (await collect(stream))[0] == {0: script([first], 0, 9)}
+
+
+async def test_loading_is_told_and_the_end_leaves_nothing() -> None:
+    loading: list[tuple[int, int]] = []
+    supervisor = Supervisor(EngineConfig(model="noisy"), SupervisorConfig(), WORKER)
+    await supervisor.start(lambda done, total: loading.append((done, total)))
+    assert loading == [(50, 200), (200, 200)]
+    await expect_service(supervisor, 3)
+    pid, directory = pid_of(supervisor), supervisor._directory
+    assert directory is not None
+    assert modes(directory) == [0o700, 0o600]  # the directory and the socket in it
+    await supervisor.close()
+    await supervisor.close()
+    assert not is_alive(pid)
+    assert modes(directory) == []
+
+
+@pytest.mark.parametrize(
+    ("model", "message"), [("broken", "^model.safetensors ends too early: fetch it again$"), ("buggy", "KeyError")]
+)
+async def test_a_first_start_that_fails_says_why(model: str, message: str) -> None:
+    with pytest.raises(StartupError, match=message):
+        async with supervised(model):
+            pass
+
+
+async def test_a_worker_that_dies_while_loading_is_a_failed_start() -> None:
+    supervisor = Supervisor(EngineConfig(model="slow-load"), SupervisorConfig(), WORKER)
+    start = asyncio.create_task(supervisor.start(lambda done, total: os.kill(pid_of(supervisor), signal.SIGKILL)))
+    with pytest.raises(StartupError, match="killed by SIGKILL"):
+        await start
+    await supervisor.close()
+
+
+async def test_loading_too_long_is_a_failed_start_and_closing_ends_it() -> None:
+    supervisor = Supervisor(EngineConfig(model="slow-load"), SupervisorConfig(worker_start_timeout=2), WORKER)
+    with pytest.raises(StartupError, match="--worker-start-timeout"):
+        await supervisor.start()
+    pid = pid_of(supervisor)
+    await supervisor.close()
+    assert not is_alive(pid)
+
+
+async def test_a_killed_worker_is_replaced_and_its_streams_end_once() -> None:
+    async with supervised() as supervisor:
+        backend, pid = supervisor.backend, pid_of(supervisor)
+        started = await backend.generate(token_request(1, 50_000))
+        await anext(started)
+        unread = await backend.generate(token_request(2, 50_000))
+        os.kill(pid, signal.SIGKILL)
+        lost = None
+        try:
+            await collect(started)
+        except EngineLost as error:
+            lost = error
+        assert lost is not None
+        assert int(lost.metadata["tokens_delivered"]) > 0
+        with pytest.raises(EngineRestarting):
+            await anext(unread)
+        assert [deltas async for deltas in started] == [deltas async for deltas in unread] == []
+        with pytest.raises(EngineRestarting):
+            backend.info()
+        await next_readiness(supervisor, True)
+        assert pid_of(supervisor) != pid
+        await expect_service(supervisor, 4)
+
+
+async def test_a_crashed_engine_is_replaced() -> None:
+    async with supervised() as supervisor:
+        with pytest.raises(EngineRestarting):
+            await supervisor.backend.generate(token_request(CRASHES, 5))
+        await next_readiness(supervisor, True)
+        await expect_service(supervisor, 5)
+
+
+@pytest.mark.parametrize("how", ["stopped", "step"])
+async def test_a_hung_worker_is_replaced(how: str, capfd: pytest.CaptureFixture[str]) -> None:
+    async with supervised(hang_timeout=1.5) as supervisor:
+        pid = pid_of(supervisor)
+        stream = await supervisor.backend.generate(token_request(1, 50_000))
+        await anext(stream)
+        if how == "stopped":
+            os.kill(pid, signal.SIGSTOP)
+        else:
+            hanging = asyncio.create_task(supervisor.backend.generate(token_request(HANGS, 5)))
+            with pytest.raises(EngineRestarting):
+                await hanging
+        lost = None
+        try:
+            await collect(stream)
+        except EngineLost as error:
+            lost = error
+        assert lost is not None
+        await next_readiness(supervisor, True)
+        assert not is_alive(pid)
+        await expect_service(supervisor, 6)
+    if how == "step":
+        assert 'link_fakes.py", line' in capfd.readouterr().err  # the stack of the step that hung
+
+
+async def test_a_busy_or_idle_worker_is_not_taken_for_a_hung_one() -> None:
+    async with supervised("0.1", hang_timeout=0.6) as supervisor:
+        pid = pid_of(supervisor)
+        await asyncio.sleep(1)
+        await expect_service(supervisor, 3)
+        assert pid_of(supervisor) == pid
+
+
+async def test_a_worker_elsewhere_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    address = f"unix:{tmp_path}/elsewhere"
+    monkeypatch.setattr(supervision, "FIRST_DELAY", 0.02)
+    supervisor = Supervisor(EngineConfig(), SupervisorConfig(worker=address), ("false",))
+    starting = asyncio.create_task(supervisor.start())
+    await asyncio.sleep(0.1)
+    assert not starting.done()
+    for first in (1, 2):
+        async with worker(ScriptedEngine(), address):
+            await starting if first == 1 else await next_readiness(supervisor, True)
+            await expect_service(supervisor, first)
+        await next_readiness(supervisor, False)
+    await supervisor.close()
+    assert supervisor.process is None
+
+
+async def test_no_worker_elsewhere_is_a_failed_start(tmp_path: Path) -> None:
+    config = SupervisorConfig(worker=f"unix:{tmp_path}/nobody", worker_start_timeout=0.5)
+    supervisor = Supervisor(EngineConfig(), config)
+    with pytest.raises(StartupError, match="no worker is ready"):
+        await supervisor.start()
+    await supervisor.close()
+
+
+def test_delays_double_up_to_a_bound_with_jitter() -> None:
+    delays = backoff()
+    for expected in (0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10, 10):
+        assert FIRST_DELAY / 2 <= expected / 2 <= next(delays) <= expected <= LONGEST_DELAY
+
+
+GATEWAY = """
+import asyncio, sys
+from millrace.server.backends.supervisor import Supervisor
+from millrace.server.config import EngineConfig, SupervisorConfig
+
+async def main():
+    supervisor = Supervisor(EngineConfig(model=sys.argv[1]), SupervisorConfig(), tuple(sys.argv[2:]))
+    starting = asyncio.create_task(supervisor.start())
+    while supervisor.process is None:
+        await asyncio.sleep(0.01)
+    if sys.argv[1] != "slow-load":
+        await starting
+    print(supervisor.process.pid, flush=True)
+    await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("model", ["0.002", "slow-load"])
+def test_a_worker_dies_with_its_gateway(model: str) -> None:
+    command = [sys.executable, "-c", GATEWAY, model, *WORKER]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as gateway:
+        try:
+            assert gateway.stdout is not None
+            pid = int(gateway.stdout.readline())
+            assert is_alive(pid)
+            if model == "0.002":
+                os.kill(pid, signal.SIGSTOP)  # even a stopped one must not stay
+        finally:
+            gateway.kill()
+    deadline = time.monotonic() + 10
+    while is_alive(pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
