@@ -118,12 +118,12 @@ def test_hung_worker(start_server, make_request) -> None:
 
 @pytest.mark.slow
 def test_drain_lets_streams_finish(start_server, make_request) -> None:
-    server = start_server()
-    stopping = pb.StoppingCriteria(max_output_tokens=300, ignore_eos=True)
+    server = start_server("--grace", "100")
+    stopping = pb.StoppingCriteria(max_output_tokens=60, ignore_eos=True)
     reader = Reader(server, make_request("The first rule", stopping=stopping))
     assert reader.begun.wait(60)
     server.process.send_signal(signal.SIGTERM)
-    reader.join(60)
+    reader.join(90)
     assert reader.error is None
     assert reader.events[-1].WhichOneof("event") == "completed"
     assert server.process.wait(60) == 0
