@@ -101,7 +101,7 @@ class Supervisor:
         try:
             futures: list[asyncio.Future[Any]] = [link.ended, hang]
             await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
-            why = hang.result() if hang.done() else None
+            why = hang.result() if hang.done() else None  # None: the link ended
             await link.close(why or "the worker is gone")
             if self.process is None:
                 return why or link.ended.result()

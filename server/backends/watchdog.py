@@ -1,11 +1,14 @@
 """Tells a slow worker from a hung one: looks at progress inside a step, not at whether a port answers."""
 
 import asyncio
+import logging
 
 import grpc
 
 from millrace.engine.v1 import engine_pb2 as pb
 from millrace.engine.v1.engine_pb2_grpc import EngineServiceStub
+
+log = logging.getLogger(__name__)
 
 
 async def watch_progress(stub: EngineServiceStub, hang_timeout: float) -> str | None:
@@ -28,6 +31,9 @@ async def watch_progress(stub: EngineServiceStub, hang_timeout: float) -> str | 
                 return f"step {progress.step + 1} of the engine makes no progress for {hang_timeout:g} s"
     except (grpc.aio.AioRpcError, StopAsyncIteration):
         return None
+    except Exception:
+        log.exception("watching a worker failed")
+        return "the worker cannot be watched"
     finally:
         call.cancel()
 

@@ -29,6 +29,8 @@ class EngineClient:
 
     async def connect(self, address: str) -> EngineLink:
         """Link to a worker at `unix:PATH` or `HOST:PORT`. Raises Unavailable."""
+        if self._closed:
+            raise self._absence()
         link = EngineLink(address, self._credentials)
         try:
             await link.open(self._lost)
