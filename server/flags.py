@@ -29,8 +29,8 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
 def _option(component: str, name: str, field: FieldInfo) -> inspect.Parameter:
     flag = f"--{name.replace('_', '-')}"
     kind = _plain_type(field.annotation)
-    words = [flag, f"--no-{flag[2:]}"] if kind is bool else [flag]
-    option = typer.Option(*words, help=_help(field), rich_help_panel=f"Settings: {component}", show_default=False)
+    words = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
+    option = typer.Option(words, help=_help(field), rich_help_panel=f"Settings: {component}", show_default=False)
     annotation = Annotated[kind | None, option]  # type: ignore[valid-type]  # a type made at run time
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 

@@ -1,0 +1,181 @@
+"""The command line from outside: exit statuses, one-line errors, a flag for each setting."""
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from millrace.server import cli, doctor
+from millrace.server.chat import converse
+from millrace.server.client import Message, Role
+from millrace.server.config import COMPONENTS, OWNER, Settings, load_settings
+from millrace.server.errors import MillraceError, Overloaded
+from millrace.server.gateway.auth import KeyStore
+
+
+def millrace(*words: str, stdin: str = "", **environment: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "millrace.server.cli", *words],
+        input=stdin,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_version() -> None:
+    assert millrace("--version").stdout.startswith("millrace")
+
+
+@pytest.mark.parametrize("words", [["generate"], ["serve", "--prot", "1"], ["serve", "--port", "x"], ["brew"]])
+def test_wrong_usage(words: list[str]) -> None:
+    done = millrace(*words)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["serve", "--port", "70000"], "port"),
+        (["serve", "--kv-cache-memory", "lots"], "kv_cache_memory"),
+        (["serve", "--config", "/nonexistent.toml"], "/nonexistent.toml"),
+        (["doctor", "--dtype", "float32", "--max-num-seqs", "0"], "max_num_seqs"),
+        (["generate", "hello", "--address", "unix:/nonexistent"], "millrace serve"),
+        (["generate", "hello", "--ca", "/nonexistent.pem"], "/nonexistent.pem"),
+        (["chat", "--address", "127.0.0.1:1"], "millrace serve"),
+        (["models", "--address", "127.0.0.1:1"], "127.0.0.1:1"),
+        (["keys", "new", "--tenant", "a b"], "'a b'"),
+    ],
+)
+def test_failures_are_one_line(words: list[str], named: str) -> None:
+    done = millrace(*words)
+    assert done.returncode == 1
+    assert done.stderr.startswith("millrace: ")
+    assert done.stderr.count("\n") == 1
+    assert named in done.stderr
+
+
+def test_unknown_variable_is_an_error() -> None:
+    done = millrace("serve", MILLRACE_MAX_NUM_SEQ="5")
+    assert done.returncode == 1
+    assert "max_num_seq" in done.stderr
+
+
+def test_every_setting_is_a_flag() -> None:
+    for command in ("serve", "doctor"):
+        text = CliRunner().invoke(cli.app, [command, "--help"], env={"COLUMNS": "300"}).stdout
+        missing = [name for name in OWNER if f"--{name.replace('_', '-')} " not in text.replace(",", " ")]
+        assert not missing
+
+
+def test_flags_arrive_as_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every flag, given the default of its setting or a value of its type, comes out as that setting."""
+    seen: list[Settings] = []
+    monkeypatch.setattr(doctor, "examine", lambda settings, console: seen.append(settings) or 7)
+    words, wanted = [], {}
+    for cls in COMPONENTS.values():
+        for name, field in cls.model_fields.items():
+            flag = f"--{name.replace('_', '-')}"
+            value = field.default if field.default is not None else "9"
+            wanted[name] = value
+            words += [f"--no-{flag[2:]}"] if value is False else [flag, str(value)]
+    result = CliRunner().invoke(cli.app, ["doctor", *words])
+    assert result.exit_code == 7, result.output
+    assert [s.model_dump() for s in seen] == [load_settings(wanted, environment={}).model_dump()]
+
+
+def test_keys(tmp_path: Path) -> None:
+    done = millrace("keys", "new", "--tenant", "search")
+    key = done.stderr.split()[-1]
+    assert key not in done.stdout
+    file = tmp_path / "keys.toml"
+    file.write_text(done.stdout + millrace("keys", "new", "--tenant", "other").stdout)
+    assert KeyStore.load(file).authenticate(f"Bearer {key}").tenant == "search"
+
+
+def test_doctor_prints_every_setting_and_bound() -> None:
+    console = Console(file=io.StringIO(), width=200)
+    status = doctor.examine(load_settings({"port": 0}, environment={}), console)
+    text = console.file.getvalue()
+    assert status == int("FAIL" in text)
+    assert not [name for name in OWNER if name not in text]
+    assert "SamplingParams.top_p" in text
+    assert "more than 0, at most 1" in text
+    assert "max-model-len 1024" in text or "model.safetensors" in text
+
+
+@pytest.mark.parametrize(("flag", "value"), [("model", "/nonexistent"), ("host", "0.0.0.0"), ("api_keys", "/none")])
+def test_doctor_fails_where_serving_would(flag: str, value: str) -> None:
+    settings = load_settings({"port": 0, flag: value}, environment={})
+    assert doctor.examine(settings, Console(file=io.StringIO())) == 1
+
+
+class FakeClient:
+    """Echoes; `fail` raises at that question, `interrupt` is Ctrl-C after its first word."""
+
+    class connection:  # noqa: N801  # stands for an attribute
+        target = "here"
+
+    def models(self):
+        return []
+
+    def stream_text(self, history, **options):
+        question = history[-1].content
+        if question == "fail":
+            raise Overloaded("too many")
+        self.history = list(history)
+        yield "you said "
+        if question == "interrupt":
+            raise KeyboardInterrupt
+        yield question
+
+
+def test_conversation(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = iter(["one", "", "fail", "interrupt", "two"])
+
+    def ask(self, prompt: str = "", **options: object) -> str:
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr(Console, "input", ask)
+    client = FakeClient()
+    converse(client, "be brief", {})
+    assert client.history == [
+        Message(Role.SYSTEM, "be brief"),
+        Message(Role.USER, "one"),
+        Message(Role.ASSISTANT, "you said one"),
+        Message(Role.USER, "interrupt"),
+        Message(Role.ASSISTANT, "you said "),
+        Message(Role.USER, "two"),
+    ]
+    assert "too many" in capsys.readouterr().out
+
+
+def test_errors_print_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise MillraceError("two\nlines")
+
+    monkeypatch.setattr(cli, "app", fail)
+    assert cli.main() == 1
+    assert capsys.readouterr().err == "millrace: two lines\n"
+
+
+def test_nobody_reads_the_output() -> None:
+    command = [sys.executable, "-m", "millrace.server.cli", "serve", "--help"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout
+    assert process.stderr
+    process.stdout.close()
+    with process.stderr as stderr:
+        assert "Traceback" not in stderr.read()
+    assert process.wait(30) in (0, 1)
