@@ -171,6 +171,12 @@ async def test_an_engine_lost_in_a_stream(house, reason_of) -> None:
     assert int(info.metadata["last_sequence"]) >= 2
 
 
+async def test_an_engine_lost_in_a_unary_call_can_be_retried(house, reason_of) -> None:
+    house.backend.error, house.backend.fail_after = errors.EngineLost("lost"), 2
+    error = await fails(house.generation.Generate(ask()))
+    assert (error.code(), reason_of(error).reason) == (CODE.UNAVAILABLE, "ENGINE_RESTARTING")
+
+
 async def test_a_bug_shows_an_incident_and_no_more(house, reason_of) -> None:
     def explode(request: object, choice: int) -> list[int]:
         raise ValueError("the secret text")
