@@ -106,14 +106,12 @@ class Scheduler:
     def plan(self, now_us: int) -> Plan | None:
         """The next step, or None if nothing can run: decodes, then prefill chunks, then arrivals."""
         plan = Plan(self._steps + 1)
-        preemptions = self.preemptions
         prefilling = self._plan_decodes(plan)
         budget = self.limits.max_num_batched_tokens - len(plan.rows)
         for sequence in prefilling:
             if budget and sequence.status is Status.RUNNING:
                 budget -= self._plan_chunk(plan, sequence, budget)
-        # Whoever gave way in this step waits for the next one.
-        while budget and self.preemptions == preemptions and (arrival := self._admit(now_us)) is not None:
+        while budget and (arrival := self._admit(now_us)) is not None:
             plan.admitted.append(arrival)
             budget -= self._plan_chunk(plan, arrival, budget)
         if not plan.rows:
@@ -267,7 +265,8 @@ class Scheduler:
             return None
         sequence = next(iter(self._waiting.values()))
         needed = self.pool.blocks_for(sequence.length)
-        # A block for each of the others keeps an arrival from being preempted as soon as it has started.
+        # A block for each of the others keeps an arrival from being preempted as soon as it has started, and
+        # one that has just given way from coming back in the same step.
         if sequence.in_flight or needed + len(self._running) > self.pool.free:
             return None
         self._unqueue(sequence)

@@ -68,11 +68,12 @@ def test_with_two_steps_in_flight_a_row_names_the_row_it_waits_for():
 def test_an_end_in_flight_drops_the_later_row_and_frees_the_blocks_with_it():
     scheduler = make_scheduler()
     scheduler.submit(make_request(1, range(3), stop_token_ids=frozenset({7})), 0)
-    first, second = scheduler.plan(0), scheduler.plan(0)
+    first, second, third = scheduler.plan(0), scheduler.plan(0), scheduler.plan(0)
     accepted, finished = commit(scheduler, first)
     assert (accepted, finished[0].stop_token_id) == ([0], 7)
-    assert scheduler.pool.free < scheduler.pool.total
     assert commit(scheduler, second) == ([], [])
+    assert scheduler.pool.free < scheduler.pool.total
+    assert commit(scheduler, third) == ([], [])
     assert scheduler.pool.free == scheduler.pool.total
 
 
@@ -99,6 +100,19 @@ def test_blocks_on_their_way_back_are_waited_for_rather_than_taken_from_one_more
     for plan in plans[:2]:
         commit(scheduler, plan)
     assert [row.sequence.request.sequence_id for row in scheduler.plan(0).rows] == [1, 2]
+
+
+def test_a_prompt_that_gives_way_half_read_is_read_again_from_its_start():
+    scheduler = make_scheduler(blocks=12, block_size=1, max_num_batched_tokens=2)
+    scheduler.submit(make_request(1, range(2), max_output_tokens=8), 0)
+    scheduler.submit(make_request(2, range(8), max_output_tokens=2), 0)
+    planned = []
+    while scheduler.has_work:
+        plan = scheduler.plan(0)
+        planned.append(spans(plan))
+        commit(scheduler, plan)
+    assert planned[1:4] == [[(1, 2, 3, True), (2, 0, 1, False)], [(1, 3, 4, True), (2, 1, 2, False)], [(1, 4, 5, True)]]
+    assert next(span for spans in planned[4:] for span in spans if span[0] == 2) == (2, 0, 2, False)
 
 
 def test_the_oldest_always_finishes_whatever_arrives_behind_it():
