@@ -18,7 +18,7 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(she
 NATIVE := $(shell find csrc -type f) CMakeLists.txt
 PROTOS := $(shell find proto -name '*.proto')
 CXX_FILES := $(shell find csrc tests/csrc -name '*.cpp' -o -name '*.h')
-ROOTS := $(wildcard server kernels retrieval bench)
+ROOTS := $(foreach root,server kernels retrieval bench,$(if $(wildcard $(root)/*.py),$(root)))
 BUF := build/buf/node_modules/.bin/buf
 
 .PHONY: help

@@ -77,18 +77,17 @@ def server(console: Console) -> Iterator[str]:
     """Run `millrace serve` on free ports; yield its address; stop it by SIGTERM. Raises DemoFailed."""
     command = [sys.executable, "-m", "millrace.server.cli", "serve", "--port", "0", "--metrics-port", "0"]
     command += ["--log-level", "warning"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        yield wait_until_ready(process, console)
-        process.send_signal(signal.SIGTERM)
-        if status := process.wait(STOP_TIMEOUT):
-            raise DemoFailed(f"the server ended with status {status}")
-        console.print("The server stopped cleanly.", style="dim")
-    except subprocess.TimeoutExpired:
-        raise DemoFailed(f"the server did not stop within {STOP_TIMEOUT:.0f} seconds") from None
-    finally:
-        process.kill()
-        process.wait()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield wait_until_ready(process, console)
+            process.send_signal(signal.SIGTERM)
+            if status := process.wait(STOP_TIMEOUT):
+                raise DemoFailed(f"the server ended with status {status}")
+            console.print("The server stopped cleanly.", style="dim")
+        except subprocess.TimeoutExpired:
+            raise DemoFailed(f"the server did not stop within {STOP_TIMEOUT:.0f} seconds") from None
+        finally:
+            process.kill()
 
 
 def wait_until_ready(process: "subprocess.Popen[str]", console: Console) -> str:

@@ -16,7 +16,7 @@ from millrace.server.demo import server
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"(?P<skip><!-- not run: .+ -->\n)?```(?P<language>\w+)\n(?P<text>.*?)```", re.DOTALL)
+BLOCK = re.compile(r"(?P<skip><!-- not run: [^\n]+ -->\n)?```(?P<language>\w+)\n(?P<text>.*?)```", re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 
@@ -55,13 +55,13 @@ def run(language: str, text: str, place: Path, address: str) -> str:
     environment = os.environ | {"PATH": f"{place / 'bin'}:{os.environ['PATH']}", "MILLRACE_ADDRESS": address}
     done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return done.stdout + done.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("language", "text"), blocks("sh", "python"))
 def test_block(language: str, text: str, place: Path, address: str) -> None:
-    assert run(language, text, place, address).strip()
+    assert run(language, text, place, address).strip(), "it says something"
 
 
 @pytest.mark.slow

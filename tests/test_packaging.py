@@ -13,11 +13,20 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+
+from millrace.server.demo import server
 
 ROOT = Path(__file__).parent.parent
 SITE = Path(sysconfig.get_path("purelib"))
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 FOLDERS = ("proto", "server", "kernels", "retrieval", "bench")
+MODULES = "millrace.kernels._C, millrace.server.client, millrace.v1.model_pb2, millrace.engine.v1.engine_pb2"
+FILES = f"print({', '.join(f'{module.strip()}.__file__' for module in MODULES.split(','))})"
+ONLY_STUBS = (
+    "import importlib.util as u, runpy, sys; assert u.find_spec('millrace.server') is None;"
+    "del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+)
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet")
 
 slow = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -44,7 +53,9 @@ def run(*command: object, cwd: Path, check: bool = True, **environment: str) -> 
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What git would hand to somebody: no generated file, nothing built."""
     copy = tmp_path_factory.mktemp("checkout")
-    listed = run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).stdout.splitlines()
+    listed = run(
+        "git", "ls-files", "--cached", "--others", "--exclude-per-directory=.gitignore", cwd=ROOT
+    ).stdout.splitlines()
     for name in listed:
         if (ROOT / name).is_file():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
@@ -140,15 +151,9 @@ class TestBuilt:
         assert run(command, "--version", cwd=installed.directory).stdout.startswith("millrace 0.")
 
     def test_import_path_is_file_path(self, installed: Environment) -> None:
-        script = (
-            "import importlib.util as u, sys\n"
-            "import millrace.kernels._C, millrace.server.client, millrace.v1.generation_pb2, millrace.engine.v1.engine_pb2\n"
-            "for name in sys.argv[1:]: assert u.find_spec(name) is None, name\n"
-            "print(millrace.server.client.__file__)"
-        )
-        where = installed.run("-c", script, *FOLDERS).stdout
-        assert where.strip().endswith("site-packages/millrace/server/client/__init__.py")
-        assert str(installed.directory) in where
+        script = f"import importlib.util as u, {MODULES}; assert not any(map(u.find_spec, {FOLDERS})); {FILES}"
+        site = installed.python.parent.parent
+        assert all(Path(file).is_relative_to(site) for file in installed.run("-c", script).stdout.split())
 
     def test_serving_without_pytorch_says_what_to_install(self, installed: Environment) -> None:
         flags = ("--port", "0", "--metrics-port", "0")
@@ -179,21 +184,30 @@ class TestBuilt:
         done = environment.run("-m", "millrace.server.demo")
         assert "tokens/s" in done.stdout
 
+    def test_client_of_a_stranger(self, tmp_path: Path) -> None:
+        """Stubs made from `proto/` by plain protoc, where nothing of ours is installed."""
+        environment = Environment.make(tmp_path)
+        stubs = tmp_path / "stubs"
+        stubs.mkdir()
+        protos = sorted((ROOT / "proto/millrace/v1").glob("*.proto"))
+        out = (f"--python_out={stubs}", f"--grpc_python_out={stubs}")
+        environment.run("-m", "grpc_tools.protoc", f"-I{ROOT / 'proto'}", *out, *protos)
+        with server(Console(quiet=True)) as address:
+            client = ("-c", ONLY_STUBS, ROOT / "examples/plain_client.py", address, "A queue keeps")
+            assert environment.run(*client, PYTHONPATH=str(stubs)).stdout.strip()
+
     def test_editable(self, checkout: Path, tmp_path: Path) -> None:
         environment = Environment.make(tmp_path)
         environment.install("--no-build-isolation", "--editable", checkout)
-        modules = (
-            "millrace.kernels._C, millrace.server.types, millrace.v1.generation_pb2, millrace.engine.v1.engine_pb2"
-        )
-        done = environment.run("-c", f"import {modules}; print({modules.replace(',', '.__file__,')}.__file__)")
-        assert all(file.startswith(str(checkout)) for file in done.stdout.split())
+        files = environment.run("-c", f"import {MODULES}; {FILES}").stdout.split()
+        assert all(Path(file).is_relative_to(checkout) for file in files)
 
 
 def test_folders_are_portions_of_one_namespace() -> None:
     """With an `__init__.py` of its own, `kernels/` would be what transformers imports under that name."""
     assert not [folder for folder in FOLDERS if (ROOT / folder / "__init__.py").exists()]
     assert not (ROOT / "conftest.py").exists()
-    script = "import importlib.util as u; print([s.origin for n in %r if (s := u.find_spec(n))])" % (FOLDERS,)
+    script = f"import importlib.util as u; print([s.origin for n in {FOLDERS} if (s := u.find_spec(n))])"
     origins = run(sys.executable, "-c", script, cwd=ROOT).stdout
     assert set(origins.strip("[]\n").split(", ")) <= {"None", ""}
 
