@@ -207,7 +207,7 @@ async def test_rejections_keep_their_class_and_words(n: int) -> None:
         assert invalid.value.violations == (FieldViolation("prompt", "is cursed"),)
         assert invalid.value.metadata == {"bound": "3"}
         with pytest.raises(QueueFull) as full:
-            await client.generate(token_request(1, 5, n=3))  # only two fit, so none may stay
+            await client.generate(token_request(1, 50_000, n=3))  # only two fit, so none may stay
         assert full.value.metadata == {"limit": "2"}
         assert full.value.retry_after == 7
         assert not served.service._owners
