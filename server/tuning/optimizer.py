@@ -32,7 +32,7 @@ class Muon(torch.optim.Optimizer):
 def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
     """Drive the singular values of a matrix towards one; the coefficients are those of the paper."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    x: Tensor = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     x = x / (x.norm() + 1e-7)
     for _ in range(steps):
         gram = x @ x.T

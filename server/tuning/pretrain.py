@@ -100,18 +100,19 @@ class Trainer:
 
     def loss(self, tokens: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.args.bf16):
-            return self.forward(tokens)
+            loss: torch.Tensor = self.forward(tokens)
+            return loss
 
     def train_step(self) -> float:
         """One optimiser step over `batch_tokens` tokens, in micro-batches; returns the loss in nats."""
         progress = self.seen / self.args.tokens
         length = self.args.long_length if progress > self.args.long_after else self.args.length
         batch = self.batches.get(self.step, length)
-        micro = batch.split(self.args.micro_tokens // length)
+        micro = torch.split(batch, self.args.micro_tokens // length)
         total = 0.0
         for part in micro:
             loss = self.loss(part) / len(micro)
-            loss.backward()
+            torch.autograd.backward(loss)
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer, lr in zip(self.optimizers, self.base_lr, strict=True):
@@ -124,15 +125,11 @@ class Trainer:
         return total
 
     @torch.no_grad()
-    def validate(self, tokens: np.ndarray, length: int, limit: int) -> float:
-        """Mean loss in nats per token over the first `limit` tokens in windows of `length`."""
-        count = min(limit, len(tokens) - 1) // length
-        losses = []
-        for i in range(0, count, 8):
-            rows = [tokens[w * length : w * length + length + 1] for w in range(i, min(i + 8, count))]
-            batch = torch.from_numpy(np.stack(rows).astype(np.int64))
-            losses.append((self.model(batch).item(), len(rows)))
-        return sum(loss * n for loss, n in losses) / sum(n for _, n in losses)
+    def validate(self, tokens: np.ndarray, length: int) -> float:
+        """Mean loss in nats per token over windows of `length`; a last, shorter one is left out."""
+        windows = [tokens[i : i + length + 1] for i in range(0, len(tokens) - length, length)]
+        losses = [float(self.model(torch.from_numpy(window.astype(np.int64))[None])) for window in windows]
+        return sum(losses) / len(losses)
 
 
 def export(model: Decoder, tokenizer: Tokenizer, output: Path) -> None:
@@ -223,7 +220,7 @@ def main() -> None:
     valid = [args.corpus / "valid.jsonl.xz"]
     tokens = encode_corpus(valid, tokenizer, args.work)
     characters = sum(len(text.encode()) for text in read_documents(valid))
-    nats = trainer.validate(tokens, DecoderConfig().max_position_embeddings, len(tokens))
+    nats = trainer.validate(tokens, DecoderConfig().max_position_embeddings)
     print(f"validation: {nats:.4f} nats/token, {nats * len(tokens) / characters / math.log(2):.4f} bits per byte")
 
 
