@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -218,7 +219,10 @@ asyncio.run(main())
 @pytest.mark.parametrize("model", ["0.002", "slow-load"])
 def test_a_worker_dies_with_its_gateway(model: str) -> None:
     command = [sys.executable, "-c", GATEWAY, model, *WORKER]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as gateway:
+    with (
+        tempfile.TemporaryDirectory() as directory,  # for what a killed gateway cannot remove; short, as sockets need
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"TMPDIR": directory}) as gateway,
+    ):
         try:
             assert gateway.stdout is not None
             pid = int(gateway.stdout.readline())

@@ -127,8 +127,7 @@ async def test_a_gateway_that_goes_frees_its_slots() -> None:
         for leave in ("cancel", "done"):
             call = stub.Connect()
             await call.write(pb.Command(submits=[submit([1, 2, 3], count=50_000)]))
-            await call.read()
-            assert len(served.engine.live) == 3
+            await until(lambda: len(served.engine.live) == 3)
             if leave == "cancel":
                 call.cancel()
             else:
