@@ -41,7 +41,8 @@ tools:
 	  sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' || \
 	  { echo "Python's headers are missing. On Debian or Ubuntu: apt-get install python3-dev" >&2; exit 1; }
 
-$(VENV)/.installed: pyproject.toml setup.py | tools
+$(VENV)/.installed: pyproject.toml setup.py
+	@$(MAKE) --no-print-directory tools
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check "$(TORCH)"
 	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[test]'

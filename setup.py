@@ -9,6 +9,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import ClassVar
 
 from setuptools import Command, Extension, find_packages, setup
 from setuptools.command.build import build
@@ -27,7 +28,7 @@ class GenerateStubs(Command):
     """Run protoc over `proto/`; the stubs land beside their sources and are not committed."""
 
     description = "generate the Python gRPC stubs"
-    user_options: list[tuple[str, str, str]] = []
+    user_options: ClassVar[list[tuple[str, str, str]]] = []
     editable_mode = False
 
     def initialize_options(self) -> None:
@@ -69,7 +70,7 @@ class GenerateStubs(Command):
 
 
 class Build(build):
-    sub_commands = [("generate_stubs", None), *build.sub_commands]
+    sub_commands: ClassVar = [("generate_stubs", None), *build.sub_commands]
 
 
 class CMakeBuild(build_ext):

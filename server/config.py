@@ -38,8 +38,9 @@ class EngineConfig(Component):
     max_num_seqs: int = Field(256, ge=1, le=4096, description="sequences that run at once")
     max_num_batched_tokens: int = Field(512, ge=1, le=65_536, description="tokens of one engine step")
     kv_cache_memory: ByteSize | None = Field(
-        None, description="memory for the KV cache, such as 2GiB (default: what max-num-seqs can use, at most a "
-        "quarter of the free memory, but at least one sequence of max-model-len)"
+        None,
+        description="memory for the KV cache, such as 2GiB (default: what max-num-seqs can use, at most a "
+        "quarter of the free memory, but at least one sequence of max-model-len)",
     )
     block_size: int | None = Field(None, ge=1, le=1024, description="tokens per KV block (default: the executor's)")
     max_queued_requests: int = Field(1024, ge=1, description="sequences that wait, at most")

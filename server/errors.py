@@ -75,9 +75,7 @@ class InvalidRequest(RequestError):
     @classmethod
     def at(cls, field: str, description: str, **metadata: str) -> "InvalidRequest":
         """An error of one field; works on every subclass."""
-        return cls(
-            f"{field}: {description}", violations=(FieldViolation(field, description),), metadata=metadata
-        )
+        return cls(f"{field}: {description}", violations=(FieldViolation(field, description),), metadata=metadata)
 
 
 class PromptTooLong(InvalidRequest):
@@ -204,7 +202,5 @@ def from_reason(reason: str, message: str, metadata: Mapping[str, str] | None = 
     cls = _leaves(RequestError).get(reason, InternalError)
     if issubclass(cls, NotFound):
         known = metadata or {}
-        return cls(
-            message, resource_type=known.get("resource_type", ""), resource_name=known.get("resource_name", "")
-        )
+        return cls(message, resource_type=known.get("resource_type", ""), resource_name=known.get("resource_name", ""))
     return cls(message, metadata=metadata)
