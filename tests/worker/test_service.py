@@ -132,6 +132,7 @@ async def test_a_gateway_that_goes_frees_its_slots() -> None:
                 call.cancel()
             else:
                 await call.done_writing()
+                [update async for update in call]  # a status comes after what was sent before it
                 assert await call.code() is grpc.StatusCode.OK
             await until(lambda: not served.engine.live and not served.service._connections)
 
