@@ -33,7 +33,7 @@ IDS = TOKENIZER.encode(ANSWER, add_special_tokens=False)
 
 class Backend(FakeBackend):
     def __init__(self) -> None:
-        super().__init__(lambda request, choice: IDS * 100)
+        super().__init__(lambda request, choice: IDS * 100)  # never an end-of-sequence token
         self.attempts = 0
 
     async def generate(self, request: TokenRequest) -> Any:
@@ -121,12 +121,13 @@ async def test_stream_of_events(served: Served) -> None:
 
 async def test_closing_a_stream_cancels_the_request(served: Served) -> None:
     def leave(client: Client) -> None:
-        served.backend.resumed.set()
         with closing(client.stream("A queue", max_output_tokens=100)) as events:
             next(events)
+        asyncio.run_coroutine_threadsafe(settle(served.backend), loop).result(20)  # the client is still open
 
+    served.backend.resumed.clear()  # nothing comes after `started`: the request would never end by itself
+    loop = asyncio.get_running_loop()
     await in_thread(served, leave)
-    await settle(served.backend)
     async with AsyncClient(served.address) as client:
         async with aclosing(client.stream("A queue", max_output_tokens=100)) as events:
             await anext(events)
@@ -156,7 +157,7 @@ async def test_errors_arrive_as_they_were_raised(cls: type[RequestError], served
     served.backend.error = raised = make(cls)
     async with AsyncClient(served.address) as client:
         with pytest.raises(RequestError) as found:
-            await client.generate("A queue", model="small")
+            await anext(client.stream("A queue", model="small"))
     check_equal(found.value, raised)
     with pytest.raises(RequestError) as found:
         await in_thread(served, lambda client: list(client.stream("A queue", model="small")))
