@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from millrace.server.text.detokenizer import Detokenizer
 
-relaxed = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+relaxed = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 RAW = [
     b"\xf0\x9f\x98\x80",
     b"\xed\xa0\x80",

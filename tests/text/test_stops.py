@@ -17,7 +17,7 @@ def earliest(text: str, stops: tuple[str, ...]) -> tuple[int, str] | None:
     return None
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(chunks=st.lists(st.text("ab☃c", max_size=6), max_size=10), stops=STOPS, include=st.booleans())
 def test_against_a_naive_search(chunks, stops, include):
     matcher, sent, read = StopMatcher(stops, include), "", ""

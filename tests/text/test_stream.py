@@ -10,7 +10,7 @@ from millrace.server.text.detokenizer import Detokenizer
 from millrace.server.text.holdback import Piece, Pipeline
 from millrace.server.text.stream import NOTHING, TextStream
 
-relaxed = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+relaxed = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def some_ids(tokenizer):
@@ -123,7 +123,7 @@ def masked(text: str) -> str:
     return re.sub(r"[0-9@]+", "[number]", text).replace("_", "")
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(data=st.data(), text=st.text("a1@_ ]é", max_size=25))
 def test_a_stage_that_replaces_text(tokenizers, data, text):
     """Tokens stand for the original text, text for what the stage made of it."""

@@ -15,7 +15,7 @@ from millrace.server.text.template import ChatTemplate
 from millrace.server.text.tokenizer import Tokenizer
 from millrace.server.types import ChatPrompt, Message, Role
 
-relaxed = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+relaxed = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 
 CHATML = """{%- if messages[0]['role'] != 'system' -%}
     {{- '<|im_start|>system\\nYou are helpful.<|im_end|>\\n' -}}
@@ -201,10 +201,10 @@ BOMBS = {
     "format filter": "{{ '%1000000000d'|format(1) }}",
     "slice": "{{ [1]|slice(10000000000)|list }}",
     "batch": "{{ [1]|batch(10000000000, 'a')|list }}",
-    "replace": "{% set a = 'a' * 60000 %}{{ a.replace('a', a) }}",
-    "replace filter": "{% set a = 'a' * 60000 %}{{ a|replace('', a) }}",
-    "join": "{% set a = 'a' * 60000 %}{{ a.join(a) }}",
-    "join filter": "{% set a = 'a' * 60000 %}{{ a|join(a) }}",
+    "replace": "{% set a = 'a' * 20000 %}{{ a.replace('a', a) }}",
+    "replace filter": "{% set a = 'a' * 20000 %}{{ a|replace('', a) }}",
+    "join": "{% set a = 'a' * 20000 %}{{ a.join(a) }}",
+    "join filter": "{% set a = 'a' * 20000 %}{{ a|join(a) }}",
     "laughs": LAUGHS + "{{ ns.a|tojson }}",
     "printed laughs": LAUGHS + "{{ ns.a }}",
     "macros": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(99) }}",
@@ -234,7 +234,7 @@ def test_a_large_conversation_fits_the_budget(tokenizers):
 
 def test_output_bound_follows_the_input(tokenizers):
     template = ChatTemplate(tokenizers["builtin"], "{% for i in range(8) %}{{ messages[0].content }}{% endfor %}")
-    assert template.render(conversation(["a" * 8000])) == "a" * 64_000
+    assert template.render(conversation(["a" * 14_000])) == "a" * 112_000
     with pytest.raises(InvalidRequest, match="more than"):
         template.render(conversation(["a" * 100_000]))
 
