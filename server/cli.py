@@ -45,8 +45,10 @@ def serve(config: Config = None, **flags: Any) -> None:
     Every setting can also stand in --config FILE or in the environment as MILLRACE_NAME; flags win over the
     environment, and the environment over the file.
     """
-    # Workers are spawned; the fork handlers of gRPC, which reads this when it is imported, only complain.
+    # gRPC reads both when it is imported. Workers are spawned, so its fork handlers only complain; what its core
+    # writes to stderr (goaways, taken ports) we report ourselves.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from rich.console import Console
 
     from millrace.server.app import run

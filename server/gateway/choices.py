@@ -8,6 +8,7 @@ from millrace.server.errors import InternalError
 from millrace.server.text.stream import Emitted, TextStream
 from millrace.server.text.tokenizer import Tokenizer
 from millrace.server.types import (
+    ChatPrompt,
     ChoiceDelta,
     Deltas,
     Finish,
@@ -101,9 +102,10 @@ class Choices:
         ran_out: FinishReason,
         stop: Callable[[int], None],
     ):
-        stops = request.stopping.stop_strings
+        stops, include_stop = request.stopping.stop_strings, request.stopping.include_stop
+        continues = not isinstance(request.prompt, ChatPrompt)  # an answer to a conversation begins a text
         texts = (
-            TextStream(tokenizer, stops, request.stopping.include_stop) if request.output.text or stops else None
+            TextStream(tokenizer, stops, include_stop, continues=continues) if request.output.text or stops else None
             for _ in range(request.sampling.n)
         )
         self._choices = [Choice(index, text, request, ran_out) for index, text in enumerate(texts)]
