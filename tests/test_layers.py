@@ -43,6 +43,7 @@ TORCH_LIVES_IN = ("server/model/executors/", "server/tuning/", "kernels/", "benc
 LATE_IMPORTS = {
     "server/cli.py": "`millrace --version` must not wait for gRPC",
     "server/model/executors/__init__.py": "PyTorch is no dependency: the executor that needs it says so",
+    "server/model/hub.py": "most models are directories, and the hub's library takes long to import",
     "server/worker/main.py": "tests of the worker give it another engine",
 }
 UNSAFE = {"pickle.load", "pickle.loads", "yaml.load", "torch.load", "marshal.loads"}
