@@ -183,6 +183,15 @@ async def test_grpc_repeats_what_may_be_repeated(cls: type[RequestError], attemp
     assert served.backend.attempts == attempts
 
 
+async def test_a_draining_server_is_given_up_soon(served: Served) -> None:
+    served.gateway.limits.refuse()
+    async with AsyncClient(served.address, model="small", timeout=20) as client:
+        with pytest.raises(errors.Draining):
+            await client.generate("A queue")
+        with pytest.raises(errors.Draining):
+            await anext(client.stream("A queue"))
+
+
 async def test_deadline(served: Served) -> None:
     served.backend.resumed.clear()
     async with AsyncClient(served.address, model="small", timeout=0.3) as client:

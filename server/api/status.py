@@ -82,7 +82,8 @@ def failure(error: RequestError) -> Failure:
     if isinstance(error, QuotaExceeded):
         trailers.append(("grpc-retry-pushback-ms", "-1"))  # forbids the retry (gRFC A6)
     elif error.retry_after is not None:
-        trailers.append(("grpc-retry-pushback-ms", str(round(1000 * error.retry_after))))
+        # Never 0: gRPC core 1.85 neither retries nor ends a call that is pushed back by nothing.
+        trailers.append(("grpc-retry-pushback-ms", str(max(1, round(1000 * error.retry_after)))))
     return Failure(code, error.reason, message, tuple(trailers))
 
 

@@ -52,6 +52,7 @@ def test_each_error_has_its_details(cls: type[RequestError]) -> None:
     pushback = dict(failure(error).trailing_metadata).get("grpc-retry-pushback-ms")
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED):
         assert pushback is not None
+        assert int(pushback) != 0, "a client that is pushed back by 0 waits for ever"
         assert (int(pushback) < 0) == issubclass(cls, QuotaExceeded)
     else:
         assert pushback is None
