@@ -3,6 +3,7 @@
 import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,11 +29,11 @@ Address = Annotated[
 ApiKey = Annotated[str | None, typer.Option("--api-key", envvar="MILLRACE_API_KEY", help="key of your tenant")]
 CA = Annotated[Path | None, typer.Option("--ca", help="trust this CA (PEM): connect with TLS")]
 Model = Annotated[str | None, typer.Option("--model", help="name of the model (default: the server's first)")]
-MaxTokens = Annotated[int | None, typer.Option("--max-tokens", min=1, help="tokens of the answer, at most")]
+MaxTokens = Annotated[int | None, typer.Option("--max-tokens", min=1, max=2**20, help="tokens of the answer, at most")]
 Temperature = Annotated[float | None, typer.Option("--temperature", help="0 always takes the likeliest token")]
 TopP = Annotated[float | None, typer.Option("--top-p", help="keep the likeliest tokens of this total probability")]
-TopK = Annotated[int | None, typer.Option("--top-k", help="keep this many likeliest tokens")]
-Seed = Annotated[int | None, typer.Option("--seed", help="the same seed draws the same answer")]
+TopK = Annotated[int | None, typer.Option("--top-k", min=0, max=2**20, help="keep this many likeliest tokens")]
+Seed = Annotated[int | None, typer.Option("--seed", min=0, max=2**64 - 1, help="the same seed draws the same answer")]
 Stop = Annotated[list[str] | None, typer.Option("--stop", help="end before this text; may be repeated")]
 LOCAL = "127.0.0.1:50051"
 
@@ -184,6 +185,8 @@ def _given(**options: Any) -> Any:
 
 def main() -> int:
     """Exit status: 0, 1 with one line that says what to do, 2 for wrong usage, 130 for Ctrl-C."""
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # as in arguments; the client says which field is no text
     try:
         app()
     except MillraceError as error:

@@ -14,17 +14,19 @@ from millrace.server import cli, doctor
 from millrace.server.chat import converse
 from millrace.server.client import Message, Role
 from millrace.server.config import COMPONENTS, OWNER, Settings, load_settings
+from millrace.server.demo import server
 from millrace.server.errors import MillraceError, Overloaded
 from millrace.server.gateway.auth import KeyStore
 
 
-def millrace(*words: str, stdin: str = "", **environment: str) -> "subprocess.CompletedProcess[str]":
+def millrace(*words: str | bytes, stdin: str = "", **environment: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
         [sys.executable, "-m", "millrace.server.cli", *words],
         input=stdin,
         env=os.environ | environment,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
+        errors="surrogateescape",
         timeout=60,
         check=False,
     )
@@ -34,7 +36,18 @@ def test_version() -> None:
     assert millrace("--version").stdout.startswith("millrace")
 
 
-@pytest.mark.parametrize("words", [["generate"], ["serve", "--prot", "1"], ["serve", "--port", "x"], ["brew"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["generate"],
+        ["generate", "x", "--seed", "-1"],
+        ["generate", "x", "--top-k", "-1"],
+        ["generate", "x", "--max-tokens", "99999999999"],
+        ["serve", "--prot", "1"],
+        ["serve", "--port", "x"],
+        ["brew"],
+    ],
+)
 def test_wrong_usage(words: list[str]) -> None:
     done = millrace(*words)
     assert done.returncode == 2
@@ -61,6 +74,32 @@ def test_failures_are_one_line(words: list[str], named: str) -> None:
     assert done.stderr.startswith("millrace: ")
     assert done.stderr.count("\n") == 1
     assert named in done.stderr
+
+
+def test_bytes_that_are_no_text_are_one_line() -> None:
+    for done in (
+        millrace("generate", b"caf\xe9", "--model", "m"),
+        millrace("generate", "-", "--model", "m", stdin="caf\udce9"),
+        millrace("generate", "hello", "--model", b"caf\xe9"),
+    ):
+        assert done.returncode == 1
+        assert done.stderr.startswith("millrace: ")
+        assert done.stderr.count("\n") == 1
+        assert "Unicode" in done.stderr
+
+
+def test_ctrl_c_while_the_command_line_is_imported() -> None:
+    program = (
+        "import builtins, os, signal\n"
+        "load = builtins.__import__\n"
+        "def interrupted(name, *rest):\n"
+        "    if name == 'typer': os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return load(name, *rest)\n"
+        "builtins.__import__ = interrupted\n"
+        "import millrace.server.__main__\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (130, "")
 
 
 def test_unknown_variable_is_an_error() -> None:
@@ -116,6 +155,14 @@ def test_doctor_prints_every_setting_and_bound() -> None:
 def test_doctor_fails_where_serving_would(flag: str, value: str) -> None:
     settings = load_settings({"port": 0, flag: value}, environment={})
     assert doctor.examine(settings, Console(file=io.StringIO())) == 1
+
+
+def test_a_bad_byte_does_not_end_a_conversation() -> None:
+    with server(Console(quiet=True)) as address:
+        done = millrace("chat", "--address", address, "--max-tokens", "1", stdin="caf\udce9\nhello\n")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("millrace: prompt: ") == 1
+    assert done.stdout.count("> ") == 3
 
 
 class FakeClient:

@@ -9,7 +9,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from millrace.server.client.connection import TLS, Connection
 from millrace.server.client.failures import request_error
-from millrace.server.client.requests import chat_prompt
+from millrace.server.client.requests import chat_prompt, field
 from millrace.server.errors import ModelNotFound, RequestError
 from millrace.server.types import Message
 from millrace.v1 import generation_pb2 as pb
@@ -60,15 +60,18 @@ def first_model(models: Sequence[model_pb2.Model]) -> str:
 
 
 def tokenize_request(model: str, text: str, add_special_tokens: bool) -> tokenizer_pb2.TokenizeRequest:
-    return tokenizer_pb2.TokenizeRequest(model=model, texts=[text], add_special_tokens=add_special_tokens)
+    with field("text"):
+        return tokenizer_pb2.TokenizeRequest(model=model, texts=[text], add_special_tokens=add_special_tokens)
 
 
 def detokenize_request(model: str, token_ids: Sequence[int]) -> tokenizer_pb2.DetokenizeRequest:
-    return tokenizer_pb2.DetokenizeRequest(model=model, sequences=[pb.TokenIds(ids=token_ids)])
+    with field("token_ids"):
+        return tokenizer_pb2.DetokenizeRequest(model=model, sequences=[pb.TokenIds(ids=token_ids)])
 
 
 def render_request(model: str, messages: Sequence[Message]) -> tokenizer_pb2.RenderChatRequest:
-    return tokenizer_pb2.RenderChatRequest(model=model, chat=chat_prompt(messages))
+    with field("messages"):
+        return tokenizer_pb2.RenderChatRequest(model=model, chat=chat_prompt(messages))
 
 
 def health_request(service: str) -> health_pb2.HealthCheckRequest:

@@ -1,10 +1,12 @@
 """Building `GenerateRequest` messages from keyword arguments."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypedDict, cast
 
 from google.protobuf.message import Message as ProtoMessage
 
+from millrace.server.errors import InvalidRequest
 from millrace.server.types import Message, Role
 from millrace.v1 import generation_pb2 as pb
 
@@ -54,17 +56,33 @@ class Options(TypedDict, total=False):
 
 
 def generate_request(prompt: Prompt, model: str, options: Options) -> pb.GenerateRequest:
-    """Raises TypeError for an option that there is not, ValueError for one that its field cannot hold."""
-    request = pb.GenerateRequest(model=model)
-    set_prompt(request, prompt)
+    """Raises TypeError for an option that there is not or of another type, InvalidRequest for a value that its
+    field cannot hold."""
+    request = pb.GenerateRequest()
+    with field("model"):
+        request.model = model
+    with field("prompt"):
+        set_prompt(request, prompt)
     for name, value in options.items():
-        if name == "logprobs":
-            request.output.logprobs.top_n = cast(int, value)
-        elif name == "time_limit":
-            request.stopping.time_limit.FromNanoseconds(round(cast(float, value) * 1e9))
-        else:
-            _set(request, name, value)
+        with field(name):
+            if name == "logprobs":
+                request.output.logprobs.top_n = cast(int, value)
+            elif name == "time_limit":
+                request.stopping.time_limit.FromNanoseconds(round(cast(float, value) * 1e9))
+            else:
+                _set(request, name, value)
     return request
+
+
+@contextmanager
+def field(name: str) -> Iterator[None]:
+    """What protobuf cannot hold is an InvalidRequest of the field `name`."""
+    try:
+        yield
+    except UnicodeError:
+        raise InvalidRequest.at(name, "must be Unicode text, which holds no lone surrogates") from None
+    except (ValueError, OverflowError) as error:
+        raise InvalidRequest.at(name, f"cannot be sent: {error}") from None
 
 
 def _set(request: pb.GenerateRequest, name: str, value: object) -> None:
@@ -72,6 +90,8 @@ def _set(request: pb.GenerateRequest, name: str, value: object) -> None:
     part = next((p for p in parts if name in p.DESCRIPTOR.fields_by_name and name in Options.__annotations__), None)
     if part is None:
         raise TypeError(f"there is no option `{name}`; there are {', '.join(sorted(Options.__annotations__))}")
+    if isinstance(value, str) and part.DESCRIPTOR.fields_by_name[name].is_repeated:
+        raise TypeError(f"`{name}` takes a list, not one string")
     constructor: Any = type(part)  # it takes scalars, lists and maps alike
     part.MergeFrom(constructor(**{name: value}))
 
