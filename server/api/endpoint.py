@@ -10,6 +10,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -20,12 +21,13 @@ from prometheus_client import Counter
 
 from millrace.server.api import bounds
 from millrace.server.api.status import Failure, failure, public
-from millrace.server.errors import DeadlineExceeded, InvalidRequest, SlowReader
+from millrace.server.errors import DeadlineExceeded, Draining, InvalidRequest, Overloaded, SlowReader
 from millrace.server.telemetry.logs import get_logger
 from millrace.server.types import Caller
 
-BODY_TIMEOUT = 10.0  # seconds from headers to the end of the request message
+BODY_TIMEOUT = 10.0  # seconds from headers to the end of the first request message
 MAX_BODIES = 64  # request messages of one caller and method that are read at once; the others wait in line
+MAX_STRANGERS = 64  # PUBLIC calls that wait for a request message
 
 log = get_logger()
 
@@ -81,6 +83,47 @@ class Method:
         return self.request.DESCRIPTOR.file.package == "millrace.v1"
 
 
+class Strangers:
+    """The calls of PUBLIC methods that wait for a request message, the one that began first in front.
+
+    No line for them, in which calls that never go on would keep everyone else out: what comes beyond
+    MAX_STRANGERS ends the one that has waited longest. An honest request comes with its headers.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: dict[asyncio.Timeout, None] = {}
+        self._closed = False
+
+    @asynccontextmanager
+    async def place(self) -> AsyncIterator[None]:
+        """Wait within the block. Raises Overloaded when others need the place, Draining after `close`."""
+        try:
+            async with asyncio.timeout(None) as place:
+                self._waiting[place] = None
+                self._keep(0 if self._closed else MAX_STRANGERS)
+                try:
+                    yield
+                finally:
+                    kept = place in self._waiting
+                    self._waiting.pop(place, None)
+        except TimeoutError:
+            if kept:
+                raise
+            if self._closed:
+                raise Draining("the server is shutting down") from None
+            raise Overloaded("too many calls wait for a request message; send it with the headers") from None
+
+    def close(self) -> None:
+        """End every wait: an idle stream would outlive any grace."""
+        self._closed = True
+        self._keep(0)
+
+    def _keep(self, most: int) -> None:
+        for place in list(self._waiting)[: max(0, len(self._waiting) - most)]:
+            del self._waiting[place]
+            place.reschedule(0)
+
+
 class Outcome:
     """How an RPC ended, for the log and the metrics."""
 
@@ -107,9 +150,16 @@ class Outcome:
 class Endpoint:
     """One method on the server."""
 
-    def __init__(self, method: Method, authenticate: Authenticate, slow_reader_timeout: float, rpcs: Counter):
+    def __init__(
+        self,
+        method: Method,
+        authenticate: Authenticate,
+        slow_reader_timeout: float,
+        rpcs: Counter,
+        strangers: Strangers,
+    ):
         self._method, self._authenticate, self._rpcs = method, authenticate, rpcs
-        self._slow_reader_timeout = slow_reader_timeout
+        self._slow_reader_timeout, self._strangers = slow_reader_timeout, strangers
         self._bodies: defaultdict[Caller, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(MAX_BODIES))
 
     async def serve(self, _: AsyncIterator[bytes], context: Context) -> None:
@@ -151,7 +201,7 @@ class Endpoint:
 
     async def _run(self, caller: Caller, context: Context) -> None:
         stream = Stream(context, self._slow_reader_timeout)
-        request = await self._read(caller, context)
+        request = await self._read(caller, context, BODY_TIMEOUT)
         if request is None and not self._method.client_streams:
             raise InvalidRequest("the call ended without a request message")
         while request is not None:
@@ -161,14 +211,14 @@ class Endpoint:
                 await stream.write(await self._method.run(request, caller))
             request = await self._read(caller, context) if self._method.client_streams else None
 
-    async def _read(self, caller: Caller, context: Context) -> Message | None:
-        """The next request message, checked; None after the last."""
-        async with self._bodies[caller]:
-            try:
-                async with asyncio.timeout(BODY_TIMEOUT):
-                    raw = await context.read()
-            except TimeoutError:
-                raise DeadlineExceeded(f"no complete request message came within {BODY_TIMEOUT:g} seconds") from None
+    async def _read(self, caller: Caller, context: Context, seconds: float | None = None) -> Message | None:
+        """The next request message, checked; None after the last. It must come within `seconds`."""
+        is_public = self._method.policy is Policy.PUBLIC
+        try:
+            async with self._strangers.place() if is_public else self._bodies[caller], asyncio.timeout(seconds):
+                raw = await context.read()
+        except TimeoutError:
+            raise DeadlineExceeded(f"no complete request message came within {seconds:g} seconds") from None
         if not isinstance(raw, bytes):
             return None
         try:

@@ -6,7 +6,7 @@ import grpc
 from prometheus_client import Counter
 
 from millrace.server.api import methods
-from millrace.server.api.endpoint import Authenticate, Endpoint
+from millrace.server.api.endpoint import Authenticate, Endpoint, Strangers
 from millrace.server.api.health import HealthServicer
 from millrace.server.api.listen import check_exposure, credentials, target, why_not
 from millrace.server.api.servicers import GenerationServicer, ModelServicer, TokenizerServicer
@@ -75,13 +75,14 @@ class ApiServer:
             methods.HEALTH: self.health,
             methods.REFLECTION: methods.ReflectionServicer(),
         }
+        self._strangers = Strangers()
         # Not by the generated functions: those would also read a body before its handler runs.
         self._handlers = [
             grpc.method_handlers_generic_handler(
                 service.full_name,
                 {
                     method.name: grpc.stream_stream_rpc_method_handler(
-                        Endpoint(method, authenticate, config.slow_reader_timeout, rpcs).serve
+                        Endpoint(method, authenticate, config.slow_reader_timeout, rpcs, self._strangers).serve
                     )
                     for method in methods.methods(service, servicer)
                 },
@@ -114,6 +115,7 @@ class ApiServer:
     async def stop(self, grace: float) -> None:
         """Health says NOT_SERVING, no RPC is accepted any more, running ones get `grace` seconds. Idempotent."""
         self.health.close()
+        self._strangers.close()
         server, self._server = self._server, None
         if server:
             # `stop` of grpc.aio has been seen to hang after its grace; the process exits all the same.

@@ -74,6 +74,19 @@ async def test_unfinished_public_calls_end_and_others_pass(open_house, monkeypat
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
 
+async def test_public_calls_that_never_go_on_keep_nobody_out(open_house) -> None:
+    """Of 500 unfinished health checks a few are kept, and none of them for long while others come."""
+    async with open_house(max_context=2**18) as house:
+        stub = health_pb2_grpc.HealthStub(house.channel)
+        before = resident()
+        async with uploads(house, CHECK, seconds=2, streams=125) as (_, ended):
+            assert ended == 500 - endpoint.MAX_STRANGERS
+            assert resident() - before < 500 * house.server.max_request_bytes / 4
+            for _ in range(20):
+                answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=5)
+                assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
 async def test_a_decompression_bomb_is_refused(house) -> None:
     bomb = pb.GenerateRequest(model="builtin", text="a" * (4 * MIB))
     with pytest.raises(grpc.aio.AioRpcError) as raised:

@@ -8,6 +8,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from millrace.server.api import endpoint
 from millrace.v1 import generation_pb2 as pb
 from millrace.v1 import model_pb2, tokenizer_pb2
 
@@ -139,3 +140,25 @@ async def test_reflection_lists_and_describes_the_services(house) -> None:
     }
     assert b"StreamGenerate" in b"".join(described.file_descriptor_response.file_descriptor_proto)
     assert missing.HasField("error_response")
+
+
+async def test_a_client_stream_may_rest_between_two_messages(house, monkeypatch, reason_of) -> None:
+    monkeypatch.setattr(endpoint, "BODY_TIMEOUT", 0.1)
+    monkeypatch.setattr(endpoint, "MAX_STRANGERS", 2)
+    stub = reflection_pb2_grpc.ServerReflectionStub(house.channel)
+    calls = []
+    for _ in range(3):
+        calls.append(call := stub.ServerReflectionInfo())
+        await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
+        assert (await call.read()).HasField("list_services_response")
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await calls[0].read()
+    assert reason_of(raised.value).reason == "OVERLOADED", "the one that rested longest gives way"
+    await asyncio.sleep(0.3)
+    await calls[1].write(reflection_pb2.ServerReflectionRequest(list_services=""))
+    assert (await calls[1].read()).HasField("list_services_response")
+    async with asyncio.timeout(10):
+        await house.server.stop(30)
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await calls[2].read()
+    assert reason_of(raised.value).reason == "DRAINING", "a stop does not wait for streams that rest"
