@@ -24,7 +24,7 @@ from millrace.server.gateway.auth import KeyStore
 from millrace.server.gateway.gateway import Gateway
 from millrace.server.gateway.limits import Limits
 from millrace.server.gateway.routing import ModelCard, Routes
-from millrace.server.model.checkpoint import Checkpoint, read_config, read_generation
+from millrace.server.model.checkpoint import Checkpoint, checkpoint_digest, read_config, read_generation
 from millrace.server.model.registry import model_spec
 from millrace.server.telemetry.logs import configure_logs, get_logger
 from millrace.server.telemetry.metrics import Metrics, MetricsServer
@@ -52,7 +52,7 @@ async def serve(settings: Settings, console: Console) -> int:
     """What is fast and fails early comes first; the port is held and health is truthful while the model loads."""
     stop = stop_signal()
     keystore = KeyStore.load(settings.server.api_keys)
-    supervisor = Supervisor(settings.engine, settings.supervisor)
+    supervisor = Supervisor(settings.engine, settings.supervisor, checkpoint_digest(settings.engine.checkpoint))
     card, context = read_model(settings, supervisor.backend)
     metrics = Metrics()
     metrics.watch_engine(supervisor.backend.stats, lambda: supervisor.backend.messages)

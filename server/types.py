@@ -246,6 +246,7 @@ class BackendInfo:
     kv_total_blocks: int
     max_num_seqs: int = 0
     max_num_batched_tokens: int = 0
+    checkpoint_digest: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,6 @@ import grpc
 
 from millrace.engine.v1.engine_pb2_grpc import add_EngineServiceServicer_to_server
 from millrace.server.backends.token_stream import MergedStream
-from millrace.server.config import EngineConfig
 from millrace.server.engine.engine import StepOutput
 from millrace.server.engine.sequence import SequenceFinished, SequenceRequest, SequenceToken
 from millrace.server.errors import InternalError, InvalidRequest, QueueFull
@@ -32,6 +31,7 @@ INFO = BackendInfo(
     kv_total_blocks=64,
     max_num_seqs=256,
     max_num_batched_tokens=512,
+    checkpoint_digest="scripted-digest",
 )
 
 # First prompt tokens with a meaning of their own.
@@ -138,7 +138,7 @@ class Worker:
 async def worker(engine: ScriptedEngine, listen: str = "", tls: TLSFiles | None = None) -> AsyncIterator[Worker]:
     with tempfile.TemporaryDirectory() as directory:
         thread = EngineThread(lambda: engine)
-        service = EngineService(thread, EngineConfig())
+        service = EngineService(thread)
         server = grpc.aio.server(options=SERVER_OPTIONS)
         address = bind(server, listen or f"unix:{directory}/worker", tls)
         add_EngineServiceServicer_to_server(service, server)

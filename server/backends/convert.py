@@ -55,6 +55,7 @@ def backend_info(info: pb.EngineInfo) -> BackendInfo:
         kv_total_blocks=info.kv_total_blocks,
         max_num_seqs=info.max_num_seqs,
         max_num_batched_tokens=info.max_num_batched_tokens,
+        checkpoint_digest=info.checkpoint_digest,
     )
 
 

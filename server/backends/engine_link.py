@@ -13,8 +13,8 @@ from millrace.engine.v1 import engine_pb2 as pb
 from millrace.engine.v1.engine_pb2_grpc import EngineServiceStub
 from millrace.server.backends import convert
 from millrace.server.backends.token_stream import MergedStream
-from millrace.server.errors import Unavailable, from_reason
-from millrace.server.types import EngineStats, TokenRequest
+from millrace.server.errors import ConfigError, Unavailable, from_reason
+from millrace.server.types import BackendInfo, EngineStats, TokenRequest
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +22,7 @@ MAX_MESSAGE_BYTES = 64 << 20
 MAX_COMMAND_BYTES = MAX_MESSAGE_BYTES // 4  # what is beyond it goes in the next command
 SLOTS = 1 << 32
 HANDSHAKE = 10.0  # seconds
+TLS_FAILURE = "TSI_PROTOCOL_FAILURE"  # gRPC's word for a peer whose TLS this side does not accept
 
 CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -55,7 +56,6 @@ class EngineLink:
         self.stub = EngineServiceStub(self._channel)
         self.stats = EngineStats()
         self.messages = 0  # updates received
-        self.late_tokens = 0  # of slots that were cancelled while the tokens were on their way
         self.ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()  # why
         self._on_end: Callable[[EngineLink], None] = lambda link: None
         self._slots: dict[int, tuple[MergedStream, int]] = {}
@@ -64,19 +64,25 @@ class EngineLink:
         self._work = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
 
-    async def open(self, on_end: Callable[["EngineLink"], None]) -> None:
+    async def open(self, on_end: Callable[["EngineLink"], None], check: Callable[[BackendInfo], None]) -> None:
         """Shake hands. `on_end` is called once, at once when the link ends.
 
-        Raises Unavailable; `close` is the caller's all the same.
+        Raises Unavailable, ConfigError if TLS does not trust the worker, and what `check` raises to refuse it;
+        `close` is the caller's all the same.
         """
         try:
             async with asyncio.timeout(HANDSHAKE):
                 self.info = convert.backend_info(await self.stub.GetInfo(pb.GetInfoRequest()))
+                check(self.info)
                 call = self.stub.Connect()
                 await call.initial_metadata()
         except TimeoutError:
             raise Unavailable(f"the worker at {self._address} did not answer for {HANDSHAKE:g} s") from None
         except grpc.aio.AioRpcError as error:
+            if TLS_FAILURE in (error.details() or ""):
+                raise ConfigError(
+                    f"TLS with the worker at {self._address} fails, see --worker-ca: {error.details()}"
+                ) from error
             raise Unavailable(f"cannot reach the worker at {self._address}: {error.details()}") from error
         self._on_end = on_end
         self._tasks = [asyncio.create_task(self._read(call)), asyncio.create_task(self._write(call))]
@@ -163,8 +169,6 @@ class EngineLink:
         for slot, token_id in zip(update.slots, update.token_ids, strict=True):
             if entry := self._slots.get(slot):
                 entry[0].push(entry[1], token_id)
-            else:
-                self.late_tokens += 1
         for logprobs in update.logprobs:
             if entry := self._slots.get(logprobs.slot):
                 entry[0].push_logprobs(entry[1], convert.token_logprobs(logprobs))

@@ -16,7 +16,8 @@ from millrace.server.backends.watchdog import watch_progress
 from millrace.server.backends.worker_client import EngineClient
 from millrace.server.backends.worker_process import WORKER, WorkerProcess
 from millrace.server.config import EngineConfig, SupervisorConfig
-from millrace.server.errors import StartupError, Unavailable
+from millrace.server.errors import ConfigError, StartupError, Unavailable
+from millrace.server.types import BackendInfo
 
 log = logging.getLogger(__name__)
 
@@ -31,15 +32,23 @@ LAST_WORDS = 1.0  # seconds between a link's end and the exit status that explai
 class Supervisor:
     """Keeps `backend` linked to a worker process of its own, or with `config.worker` to one run elsewhere.
 
-    `backend` outlives its workers and tells `on_ready` of each change. Only the first start can fail.
+    `backend` outlives its workers and tells `on_ready` of each change. Only the first start can fail. A worker
+    that runs another checkpoint is never linked to.
     """
 
-    def __init__(self, engine: EngineConfig, config: SupervisorConfig, command: Sequence[str] = WORKER):
-        """`command` starts a worker. Raises ConfigError if TLS files are missing or cannot be read."""
+    def __init__(
+        self, engine: EngineConfig, config: SupervisorConfig, checkpoint_digest: str, command: Sequence[str] = WORKER
+    ):
+        """`checkpoint_digest`: of the checkpoint that workers must run; `command` starts one.
+
+        Raises ConfigError if TLS files are missing or cannot be read.
+        """
         self.backend = EngineClient(channel_credentials(config))
         self.process: WorkerProcess | None = None
         self._engine, self._config, self._command = engine, config, command
+        self._checkpoint_digest = checkpoint_digest
         self._delays = backoff()
+        self._absence = ""  # why there was no worker elsewhere when it was last tried
         self._directory: str | None = None
         self._generation = itertools.count(1)
         self._watch: asyncio.Task[None] | None = None
@@ -48,11 +57,11 @@ class Supervisor:
         """Return when `backend` is ready. Raises StartupError; `close` is the caller's all the same."""
         try:
             async with asyncio.timeout(self._config.worker_start_timeout):
-                link = await (self._find() if self._config.worker else self._launch(on_loading))
+                link = await (self._find(self._config.worker) if self._config.worker else self._launch(on_loading))
         except TimeoutError:
-            raise StartupError(
-                f"no worker is ready after {self._config.worker_start_timeout:g} s (--worker-start-timeout)"
-            ) from None
+            patience = f"{self._config.worker_start_timeout:g} s (--worker-start-timeout)"
+            cause = f": {self._absence}" if self._absence else ""
+            raise StartupError(f"no worker is ready after {patience}{cause}") from None
         except Unavailable as error:
             raise StartupError(str(error)) from error
         self._watch = asyncio.create_task(self._look_after(link))
@@ -74,17 +83,30 @@ class Supervisor:
             self._directory = tempfile.mkdtemp(prefix="millrace-")  # only this user may enter
         address = f"unix:{self._directory}/{next(self._generation)}"
         self.process = await WorkerProcess.start(self._command, address, self._engine)
-        return await self.backend.connect(await self.process.loaded(on_loading))
+        return await self._connect(await self.process.loaded(on_loading))
 
-    async def _find(self) -> EngineLink:
-        """Link to the worker elsewhere, however long it takes."""
-        assert self._config.worker is not None
+    async def _find(self, address: str) -> EngineLink:
+        """Link to the worker elsewhere, however long it takes to come up."""
         while True:
             try:
-                return await self.backend.connect(self._config.worker)
+                return await self._connect(address)
             except Unavailable as error:
+                self._absence = str(error)
                 log.warning("%s", error)
                 await asyncio.sleep(next(self._delays))
+
+    async def _connect(self, address: str) -> EngineLink:
+        """Raises Unavailable, or ConfigError if the worker is not one for this gateway."""
+
+        def check(info: BackendInfo) -> None:
+            if info.checkpoint_digest != self._checkpoint_digest:
+                raise ConfigError(
+                    f"the worker at {address} runs another model than --model {self._engine.model}: digests of "
+                    f"config.json and tokenizer.json are {info.checkpoint_digest} ({info.architecture}) there and "
+                    f"{self._checkpoint_digest} here; start both with the same checkpoint"
+                )
+
+        return await self.backend.connect(address, check)
 
     async def _look_after(self, link: EngineLink) -> None:
         loop = asyncio.get_running_loop()
@@ -116,16 +138,15 @@ class Supervisor:
             hang.cancel()
 
     async def _replace(self) -> EngineLink:
-        if self._config.worker:
-            await asyncio.sleep(next(self._delays))
-            return await self._find()
         while True:
             await asyncio.sleep(next(self._delays))
             try:
+                if self._config.worker:
+                    return await self._connect(self._config.worker)
                 async with asyncio.timeout(self._config.worker_start_timeout):
                     return await self._launch(lambda done, total: None)
             except Exception as error:  # whatever it is, trying again is all there is
-                log.error("a new worker does not start: %s", error or type(error).__name__)
+                log.error("no new worker yet: %s", error or type(error).__name__)
                 if self.process is not None:
                     await self.process.stop(grace=0)
 

@@ -27,13 +27,16 @@ class EngineClient:
         self._callbacks: list[Callable[[bool], None]] = []
         self._goodbyes: set[asyncio.Task[None]] = set()
 
-    async def connect(self, address: str) -> EngineLink:
-        """Link to a worker at `unix:PATH` or `HOST:PORT`. Raises Unavailable."""
+    async def connect(self, address: str, check: Callable[[BackendInfo], None] = lambda info: None) -> EngineLink:
+        """Link to a worker at `unix:PATH` or `HOST:PORT`, which `check` may refuse by raising.
+
+        Raises Unavailable, or ConfigError if TLS does not trust the worker.
+        """
         if self._closed:
             raise self._absence()
         link = EngineLink(address, self._credentials)
         try:
-            await link.open(self._lost)
+            await link.open(self._lost, check)
         except BaseException:
             await link.close()
             raise

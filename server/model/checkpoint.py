@@ -67,13 +67,33 @@ class Checkpoint:
         return digest.hexdigest()
 
 
+def checkpoint_digest(directory: Path) -> str:
+    """SHA-256 over `config.json` and `tokenizer.json`: what a gateway and its worker must have in common.
+
+    Neither needs the weights for it, which the gateway may not have. Raises CheckpointError.
+    """
+    digest = hashlib.sha256()
+    for name in ("config.json", "tokenizer.json"):
+        path = _find_file(directory, name)
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+        digest.update(f"{len(content)}\0".encode() + content)
+    return digest.hexdigest()
+
+
 def read_config(directory: Path) -> Fields:
+    return read_object(_find_file(directory, "config.json"))
+
+
+def _find_file(directory: Path, name: str) -> Path:
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: there is no such checkpoint directory; --model takes one, or 'builtin'")
-    path = directory / "config.json"
+    path = directory / name
     if not path.is_file():
         raise CheckpointError(f"{path}: is missing; a checkpoint directory holds one")
-    return read_object(path)
+    return path
 
 
 def read_generation(directory: Path, config: Fields) -> GenerationDefaults:

@@ -4,7 +4,6 @@ import struct
 from collections.abc import Iterable
 
 from millrace.engine.v1 import engine_pb2 as pb
-from millrace.server.config import EngineConfig
 from millrace.server.engine.sequence import SequenceFinished, SequenceRequest, SequenceToken
 from millrace.server.errors import InvalidRequest, RequestError
 from millrace.server.types import BackendInfo, EngineStats, FinishReason, Sampling
@@ -16,7 +15,7 @@ FINISH_REASONS = {
 }
 
 
-def engine_info(info: BackendInfo, config: EngineConfig) -> pb.EngineInfo:
+def engine_info(info: BackendInfo) -> pb.EngineInfo:
     return pb.EngineInfo(
         fingerprint=info.fingerprint,
         executor=info.executor,
@@ -28,8 +27,7 @@ def engine_info(info: BackendInfo, config: EngineConfig) -> pb.EngineInfo:
         max_num_batched_tokens=info.max_num_batched_tokens,
         kv_block_size=info.kv_block_size,
         kv_total_blocks=info.kv_total_blocks,
-        max_queued_requests=config.max_queued_requests,
-        max_queued_tokens=config.max_queued_tokens,
+        checkpoint_digest=info.checkpoint_digest,
     )
 
 

@@ -82,7 +82,7 @@ async def serve(
     server = grpc.aio.server(options=SERVER_OPTIONS)
     address = bind(server, listen, tls)
     thread = EngineThread(lambda: load(config, report_loading()))
-    service = EngineService(thread, config)
+    service = EngineService(thread)
     thread.start(service.deliver)
     await first_of(stop, thread.ready)
     if stop.done():

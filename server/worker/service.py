@@ -10,7 +10,6 @@ import grpc
 
 from millrace.engine.v1 import engine_pb2 as pb
 from millrace.engine.v1.engine_pb2_grpc import EngineServiceServicer
-from millrace.server.config import EngineConfig
 from millrace.server.engine.engine import StepOutput
 from millrace.server.errors import Draining, InvalidRequest
 from millrace.server.worker import convert
@@ -32,9 +31,8 @@ class ProtocolError(Exception):
 class EngineService(EngineServiceServicer):
     """Gives each choice of each gateway a sequence of the engine, and each gateway one update for each step."""
 
-    def __init__(self, thread: EngineThread, config: EngineConfig):
+    def __init__(self, thread: EngineThread):
         self._thread = thread
-        self._config = config
         self._connections: set[Connection] = set()
         self._owners: dict[int, tuple[Connection, int]] = {}  # live sequence id -> its connection and slot
         self._sequence_ids = itertools.count(1)
@@ -43,7 +41,7 @@ class EngineService(EngineServiceServicer):
         self._idle.set()
 
     async def GetInfo(self, request: pb.GetInfoRequest, context: Context) -> pb.EngineInfo:  # noqa: N802 (gRPC's name)
-        return convert.engine_info(await asyncio.shield(self._thread.ready), self._config)
+        return convert.engine_info(await asyncio.shield(self._thread.ready))
 
     async def Connect(self, request_iterator: AsyncIterator[pb.Command], context: Context) -> None:  # noqa: N802
         connection = Connection()

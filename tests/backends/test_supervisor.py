@@ -10,22 +10,26 @@ import tempfile
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from link_fakes import CRASHES, HANGS, ScriptedEngine, collect, script, token_request, worker
+from link_fakes import CRASHES, HANGS, INFO, ScriptedEngine, collect, script, token_request, worker
 
 from millrace.server.backends import supervisor as supervision
 from millrace.server.backends.supervisor import FIRST_DELAY, LONGEST_DELAY, Supervisor, backoff
 from millrace.server.config import EngineConfig, SupervisorConfig
-from millrace.server.errors import EngineLost, EngineRestarting, StartupError
+from millrace.server.errors import ConfigError, EngineLost, EngineRestarting, StartupError
 
 WORKER = (sys.executable, str(Path(__file__).parents[1] / "scripted_worker.py"))
+DIGEST = INFO.checkpoint_digest
 
 
 @asynccontextmanager
 async def supervised(model: str = "0.002", hang_timeout: float = 30) -> AsyncIterator[Supervisor]:
-    supervisor = Supervisor(EngineConfig(model=model), SupervisorConfig(worker_hang_timeout=hang_timeout), WORKER)
+    supervisor = Supervisor(
+        EngineConfig(model=model), SupervisorConfig(worker_hang_timeout=hang_timeout), DIGEST, WORKER
+    )
     try:
         await supervisor.start()
         yield supervisor
@@ -63,7 +67,7 @@ async def expect_service(supervisor: Supervisor, first: int) -> None:
 
 async def test_loading_is_told_and_the_end_leaves_nothing() -> None:
     loading: list[tuple[int, int]] = []
-    supervisor = Supervisor(EngineConfig(model="noisy"), SupervisorConfig(), WORKER)
+    supervisor = Supervisor(EngineConfig(model="noisy"), SupervisorConfig(), DIGEST, WORKER)
     await supervisor.start(lambda done, total: loading.append((done, total)))
     assert loading == [(50, 200), (200, 200)]
     await expect_service(supervisor, 3)
@@ -86,7 +90,7 @@ async def test_a_first_start_that_fails_says_why(model: str, message: str) -> No
 
 
 async def test_a_worker_that_dies_while_loading_is_a_failed_start() -> None:
-    supervisor = Supervisor(EngineConfig(model="slow-load"), SupervisorConfig(), WORKER)
+    supervisor = Supervisor(EngineConfig(model="slow-load"), SupervisorConfig(), DIGEST, WORKER)
     start = asyncio.create_task(supervisor.start(lambda done, total: os.kill(pid_of(supervisor), signal.SIGKILL)))
     with pytest.raises(StartupError, match="killed by SIGKILL"):
         await start
@@ -94,7 +98,7 @@ async def test_a_worker_that_dies_while_loading_is_a_failed_start() -> None:
 
 
 async def test_loading_too_long_is_a_failed_start_and_closing_ends_it() -> None:
-    supervisor = Supervisor(EngineConfig(model="slow-load"), SupervisorConfig(worker_start_timeout=2), WORKER)
+    supervisor = Supervisor(EngineConfig(model="slow-load"), SupervisorConfig(worker_start_timeout=2), DIGEST, WORKER)
     with pytest.raises(StartupError, match="--worker-start-timeout"):
         await supervisor.start()
     pid = pid_of(supervisor)
@@ -170,7 +174,7 @@ async def test_a_busy_or_idle_worker_is_not_taken_for_a_hung_one() -> None:
 async def test_a_worker_elsewhere_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     address = f"unix:{tmp_path}/elsewhere"
     monkeypatch.setattr(supervision, "FIRST_DELAY", 0.02)
-    supervisor = Supervisor(EngineConfig(), SupervisorConfig(worker=address), ("false",))
+    supervisor = Supervisor(EngineConfig(), SupervisorConfig(worker=address), DIGEST, ("false",))
     starting = asyncio.create_task(supervisor.start())
     await asyncio.sleep(0.1)
     assert not starting.done()
@@ -185,9 +189,54 @@ async def test_a_worker_elsewhere_is_found_again(tmp_path: Path, monkeypatch: py
 
 async def test_no_worker_elsewhere_is_a_failed_start(tmp_path: Path) -> None:
     config = SupervisorConfig(worker=f"unix:{tmp_path}/nobody", worker_start_timeout=0.5)
-    supervisor = Supervisor(EngineConfig(), config)
-    with pytest.raises(StartupError, match="no worker is ready"):
+    supervisor = Supervisor(EngineConfig(), config, DIGEST)
+    with pytest.raises(StartupError, match=r"no worker is ready after 0.5 s .*: cannot reach the worker at unix:"):
         await supervisor.start()
+    await supervisor.close()
+
+
+def other_engine() -> ScriptedEngine:
+    engine = ScriptedEngine()
+    engine.info = replace(INFO, checkpoint_digest="another-digest")
+    return engine
+
+
+async def test_a_worker_of_another_checkpoint_is_a_failed_start(tmp_path: Path) -> None:
+    address = f"unix:{tmp_path}/other"
+    supervisor = Supervisor(EngineConfig(model="mine"), SupervisorConfig(worker=address), DIGEST)
+    async with worker(other_engine(), address):
+        with pytest.raises(ConfigError, match=f"--model mine: .* another-digest .* {DIGEST} here"):
+            await supervisor.start()
+    await supervisor.close()
+
+
+async def test_a_worker_that_starts_with_another_checkpoint_is_a_failed_start() -> None:
+    supervisor = Supervisor(EngineConfig(model="0.002"), SupervisorConfig(), "mine", WORKER)
+    with pytest.raises(ConfigError, match=f"{DIGEST} .* mine here"):
+        await supervisor.start()
+    await supervisor.close()
+
+
+async def test_a_worker_that_comes_back_with_another_checkpoint_stays_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    address = f"unix:{tmp_path}/elsewhere"
+    monkeypatch.setattr(supervision, "FIRST_DELAY", 0.02)
+    supervisor = Supervisor(EngineConfig(), SupervisorConfig(worker=address), DIGEST)
+    async with worker(ScriptedEngine(), address):
+        await supervisor.start()
+    await next_readiness(supervisor, False)
+    readiness: list[bool] = []
+    supervisor.backend.on_ready(readiness.append)
+    async with worker(other_engine(), address), asyncio.timeout(30):
+        while sum("another-digest" in text for text in caplog.messages) < 2:  # noqa: ASYNC110 (a log has no event)
+            await asyncio.sleep(0.01)
+        with pytest.raises(EngineRestarting):
+            await supervisor.backend.generate(token_request(1, 5))
+    assert not any(readiness)
+    async with worker(ScriptedEngine(), address):
+        await next_readiness(supervisor, True)
+        await expect_service(supervisor, 2)
     await supervisor.close()
 
 
@@ -203,7 +252,7 @@ from millrace.server.backends.supervisor import Supervisor
 from millrace.server.config import EngineConfig, SupervisorConfig
 
 async def main():
-    supervisor = Supervisor(EngineConfig(model=sys.argv[1]), SupervisorConfig(), tuple(sys.argv[2:]))
+    supervisor = Supervisor(EngineConfig(model=sys.argv[1]), SupervisorConfig(), "scripted-digest", tuple(sys.argv[2:]))
     starting = asyncio.create_task(supervisor.start())
     while supervisor.process is None:
         await asyncio.sleep(0.01)

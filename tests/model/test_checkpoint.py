@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from millrace.server.config import BUILTIN, EngineConfig
 from millrace.server.errors import CheckpointError
-from millrace.server.model.checkpoint import Checkpoint
+from millrace.server.model.checkpoint import Checkpoint, checkpoint_digest
 from millrace.server.model.executors import create_executor
 from millrace.server.model.weights import find_weights, stream_weights
 
@@ -222,6 +222,21 @@ def test_fingerprint_follows_what_is_computed(checkpoint: Callable[[str], Path],
     config(rms_norm_eps=1e-5)(directory)
     seen.append(fingerprint())
     assert len(set(seen)) == len(seen)
+
+
+def test_digest_follows_what_a_gateway_and_its_worker_share(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    directory = shutil.copytree(checkpoint("llama"), tmp_path / "model")
+    first = checkpoint_digest(directory)
+    assert create_executor(EngineConfig(model=str(directory)), lambda done, total: None).info.checkpoint_digest == first
+    edit_tensors(**{G: lambda tensor: tensor * 1.01})(directory)
+    assert checkpoint_digest(directory) == first, "the gateway may lack the weights"
+    (directory / "tokenizer.json").write_bytes((directory / "tokenizer.json").read_bytes() + b"\n")
+    second = checkpoint_digest(directory)
+    config(rms_norm_eps=1e-5)(directory)
+    assert len({first, second, checkpoint_digest(directory)}) == 3
+    (directory / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: is missing"):
+        checkpoint_digest(directory)
 
 
 def test_generation_defaults(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:

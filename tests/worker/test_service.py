@@ -67,7 +67,7 @@ async def test_info_waits_for_the_model_and_says_all_of_it() -> None:
         loading.set()
         info = await call
         assert (info.fingerprint, info.vocab_size, info.kv_total_blocks) == ("scripted-1", 10_000, 64)
-        assert (info.max_queued_requests, info.max_queued_tokens) == (1024, 1_048_576)
+        assert info.checkpoint_digest == "scripted-digest"
 
 
 async def test_each_gateway_hears_of_its_own_slots_only() -> None:

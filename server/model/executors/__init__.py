@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from millrace.server.config import EngineConfig
 from millrace.server.errors import MissingDependency
-from millrace.server.model.checkpoint import Checkpoint
+from millrace.server.model.checkpoint import Checkpoint, checkpoint_digest
 from millrace.server.model.executors.base import Executor
 from millrace.server.model.executors.plan import make_plan
 from millrace.server.model.spec import ModelSpec
@@ -52,5 +52,6 @@ def create_executor(config: EngineConfig, progress: Callable[[int, int], None]) 
         kv_total_blocks=plan.layout.num_blocks,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
+        checkpoint_digest=checkpoint_digest(config.checkpoint),
     )
     return LoadedModel(executor, checkpoint.spec, info)
