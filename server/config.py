@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator
 
 from millrace.server.errors import ConfigError
 
@@ -19,17 +19,20 @@ ENVIRONMENT_PREFIX = "MILLRACE_"
 # Variables of the same prefix that are no settings: of kernels and of the client.
 OTHER_VARIABLES = frozenset({"MILLRACE_ISA", "MILLRACE_ADDRESS", "MILLRACE_API_KEY"})
 
+DAY = 86_400.0  # seconds, the longest time that any setting may ask for
+MAX_MODEL_NAME_BYTES = 256  # of a request's `model` field
+
 BUILTIN = Path(__file__).parent / "model" / "builtin"
 
 
 class Component(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
 class EngineConfig(Component):
     """What a worker runs."""
 
-    model: str = Field("builtin", description="checkpoint directory, or 'builtin'")
+    model: str = Field("builtin", min_length=1, description="checkpoint directory, or 'builtin'")
     executor: Literal["auto", "reference"] = Field("auto", description="what runs the model")
     dtype: Literal["auto", "float32"] = Field("auto", description="precision of weights and arithmetic")
     max_model_len: int | None = Field(
@@ -57,21 +60,27 @@ class SupervisorConfig(Component):
     """How the gateway looks after its worker."""
 
     worker: str | None = Field(
-        None, description="address of a worker started elsewhere, unix:PATH or HOST:PORT (default: start one)"
+        None,
+        min_length=1,
+        description="address of a worker started elsewhere, unix:PATH or HOST:PORT (default: start one)",
     )
     worker_ca: Path | None = Field(None, description="CA of a TCP worker's certificate (PEM)")
     worker_cert: Path | None = Field(None, description="client certificate for a TCP worker (PEM)")
     worker_key: Path | None = Field(None, description="key of that certificate (PEM)")
-    worker_start_timeout: float = Field(600, gt=0, description="seconds to load a model")
-    worker_hang_timeout: float = Field(30, gt=0, description="seconds without progress inside a step before a restart")
+    worker_start_timeout: float = Field(600, gt=0, le=DAY, description="seconds to load a model")
+    worker_hang_timeout: float = Field(
+        30, gt=0, le=DAY, description="seconds without progress inside a step before a restart"
+    )
 
 
 class ServerConfig(Component):
     """The public port and the policy on it."""
 
-    host: str = Field("127.0.0.1", description="address to listen on; other than loopback needs --api-keys")
+    host: str = Field(
+        "127.0.0.1", min_length=1, description="address to listen on; other than loopback needs --api-keys"
+    )
     port: int = Field(50051, ge=0, le=65_535, description="gRPC port, 0 picks a free one")
-    metrics_host: str = Field("127.0.0.1", description="address of /metrics")
+    metrics_host: str = Field("127.0.0.1", min_length=1, description="address of /metrics")
     metrics_port: int | None = Field(9464, ge=0, le=65_535, description="port of /metrics, 0 picks a free one")
     served_model_name: str | None = Field(None, description="name clients use (default: the directory's name)")
     api_keys: Path | None = Field(None, description="file of hashed keys, see `millrace keys --help`")
@@ -81,10 +90,19 @@ class ServerConfig(Component):
     allow_plaintext: bool = Field(False, description="listen beyond loopback without TLS, for a mesh that adds it")
     max_concurrent_requests: int = Field(256, ge=1, description="live requests of one tenant, at most")
     max_connections: int = Field(2048, ge=1, description="client connections, at most")
-    grace: float = Field(30, ge=0, description="seconds that running streams get after SIGTERM")
-    slow_reader_timeout: float = Field(30, gt=0, description="seconds a write may stand still before the stream ends")
+    grace: float = Field(30, ge=0, le=DAY, description="seconds that running streams get after SIGTERM")
+    slow_reader_timeout: float = Field(
+        30, gt=0, le=DAY, description="seconds a write may stand still before the stream ends"
+    )
     log_format: Literal["auto", "json", "console"] = Field("auto", description="auto: console on a terminal")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @field_validator("served_model_name")
+    @classmethod
+    def _can_be_asked_for(cls, name: str | None) -> str | None:
+        if name is not None and not 1 <= len(name.encode()) <= MAX_MODEL_NAME_BYTES:
+            raise ValueError(f"must have 1 to {MAX_MODEL_NAME_BYTES} bytes, has {len(name.encode())}")
+        return name
 
 
 class Settings(Component):
@@ -137,8 +155,27 @@ def load_settings(
             merged[OWNER[name]][name] = value
             origin[name] = source
     try:
-        return Settings(**{component: cls(**merged[component]) for component, cls in COMPONENTS.items()})
+        settings = Settings(**{component: cls(**merged[component]) for component, cls in COMPONENTS.items()})
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0]) if first["loc"] else "settings"
         raise ConfigError(f"{origin.get(name, 'settings')}: {name}: {first['msg']}, got {first['input']!r}") from None
+    _check_worker_settings(settings, origin)
+    return settings
+
+
+def _check_worker_settings(settings: Settings, origin: Mapping[str, str]) -> None:
+    """Raise ConfigError for a setting that nobody would read: of a local worker with --worker, of a link without."""
+    worker = settings.supervisor.worker
+    of_engine = settings.engine.model_fields_set - {"model"}
+    of_link = settings.supervisor.model_fields_set & {"worker_ca", "worker_cert", "worker_key"}
+    if worker and of_engine:
+        name = min(of_engine)
+        raise ConfigError(f"{origin[name]}: {flag(name)} is not for --worker: give it where that worker is started")
+    if (worker is None or worker.startswith("unix:")) and of_link:
+        name = min(of_link)
+        raise ConfigError(f"{origin[name]}: {flag(name)} is only for a worker on TCP, --worker HOST:PORT")
+
+
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

@@ -9,7 +9,7 @@ import typer
 from pydantic import ByteSize
 from pydantic.fields import FieldInfo
 
-from millrace.server.config import COMPONENTS
+from millrace.server.config import COMPONENTS, flag
 
 
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:
@@ -27,9 +27,10 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _option(component: str, name: str, field: FieldInfo) -> inspect.Parameter:
-    flag = f"--{name.replace('_', '-')}"
+    words = flag(name)
     kind = _plain_type(field.annotation)
-    words = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
+    if kind is bool:
+        words = f"{words}/--no-{words[2:]}"
     option = typer.Option(words, help=_help(field), rich_help_panel=f"Settings: {component}", show_default=False)
     annotation = Annotated[kind | None, option]  # type: ignore[valid-type]  # a type made at run time
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
