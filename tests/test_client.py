@@ -192,6 +192,27 @@ async def test_a_draining_server_is_given_up_soon(served: Served) -> None:
             await anext(client.stream("A queue"))
 
 
+async def test_a_request_above_the_cap_is_the_callers_and_sent_once(served: Served) -> None:
+    limit = served.api.max_request_bytes
+    async with AsyncClient(served.address, model="small") as client:
+        with pytest.raises(errors.InvalidRequest, match=r"max_request_bytes") as found:
+            await client.generate("x" * limit)
+        assert found.value.retry_after is None
+        assert found.value.metadata["max_request_bytes"] == str(limit)
+        assert int(found.value.metadata["bytes"]) > limit
+        assert [violation.field for violation in found.value.violations] == ["request"]
+    async with asyncio.timeout(10):
+        while rpcs(served) == 0:  # noqa: ASYNC110  # the registry tells nobody
+            await asyncio.sleep(0.01)
+    assert rpcs(served) == 1
+
+
+def rpcs(served: Served) -> float:
+    """Calls that ended at the server."""
+    families = served.gateway.metrics.registry.collect()
+    return sum(s.value for f in families for s in f.samples if s.name == "millrace_rpcs_total")
+
+
 async def test_deadline(served: Served) -> None:
     served.backend.resumed.clear()
     async with AsyncClient(served.address, model="small", timeout=0.3) as client:

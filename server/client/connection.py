@@ -12,7 +12,9 @@ DEFAULT_ADDRESS = "127.0.0.1:50051"
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024  # of an answer; log-probabilities of long outputs are large
 
 # A rejection comes before the first message, so that gRPC itself can repeat the call; the server's pushback
-# says when, or forbids it. No health check here: it would turn a typed error into a bare "unhealthy".
+# says when, or forbids it. It repeats nothing above its buffer of 256 KiB, so also no request that is larger than
+# the server takes, which is RESOURCE_EXHAUSTED too. No health check here: it would turn a typed error into a bare
+# "unhealthy".
 SERVICE_CONFIG = {
     "methodConfig": [
         {

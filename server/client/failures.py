@@ -1,5 +1,6 @@
 """From a gRPC status back to the error that the server raised."""
 
+import re
 from typing import TypeVar, cast
 
 import grpc
@@ -37,6 +38,10 @@ BARE: dict[grpc.StatusCode, type[RequestError]] = {
 }
 
 
+# The server's transport, before our code sees the request: no overload, and no other attempt helps.
+TOO_LARGE = re.compile(r"(?<!CLIENT: )Received message larger than max \((\d+) vs\. (\d+)\)")
+
+
 def request_error(failure: grpc.RpcError, target: str) -> RequestError:
     """Rebuild what the server raised, violations and retry delay included."""
     call = cast(grpc.Call, failure)  # every failure of a call is one, of grpc.aio too
@@ -61,6 +66,10 @@ def _bare(call: grpc.Call, target: str) -> RequestError:
     if code is grpc.StatusCode.UNAVAILABLE:
         cause = details.rpartition(": ")[2]  # the rest is gRPC's own story
         return Unavailable(f"no server at {target} ({cause}); start one with `millrace serve`")
+    if too_large := TOO_LARGE.search(details):
+        size, limit = too_large.groups()
+        text = f"has {size} bytes, but ModelLimits.max_request_bytes of this server is {limit}; send a shorter prompt"
+        return InvalidRequest.at("request", text, bytes=size, max_request_bytes=limit)
     return BARE.get(code, InternalError)(details)
 
 
