@@ -16,10 +16,11 @@
     │   │   └── QuotaExceeded        QUOTA_EXCEEDED: the tenant's own limit
     │   ├── Unavailable              UNAVAILABLE: nothing was done; retry
     │   │   ├── ModelLoading         MODEL_LOADING
-    │   │   ├── Draining             DRAINING
+    │   │   ├── Draining             DRAINING: the server shuts down
     │   │   └── EngineRestarting     ENGINE_RESTARTING: the worker died before the first message
     │   ├── Aborted                  ABORTED: ended after the first message
     │   │   ├── EngineLost           ENGINE_LOST: the worker died
+    │   │   ├── Drained              DRAINED: the server shut down
     │   │   └── SlowReader           SLOW_READER: the client does not read
     │   ├── DeadlineExceeded         DEADLINE_EXCEEDED
     │   └── InternalError            INTERNAL: a bug; the caller sees an incident id, never the text
@@ -152,6 +153,10 @@ class Aborted(RequestError):
 
 class EngineLost(Aborted):
     reason = "ENGINE_LOST"
+
+
+class Drained(Aborted):
+    reason = "DRAINED"
 
 
 class SlowReader(Aborted):

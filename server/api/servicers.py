@@ -6,7 +6,7 @@ from contextlib import aclosing
 
 from millrace.server.api import convert
 from millrace.server.api.endpoint import Stream
-from millrace.server.errors import Aborted, EngineLost, EngineRestarting, InvalidRequest
+from millrace.server.errors import Aborted, Drained, Draining, EngineLost, EngineRestarting, InvalidRequest
 from millrace.server.gateway.collect import collect
 from millrace.server.gateway.gateway import Gateway
 from millrace.server.types import Caller, Started
@@ -27,6 +27,8 @@ class GenerationServicer:
                 answer = collect([event async for event in events])
         except EngineLost as error:  # the client has seen nothing of it yet
             raise EngineRestarting("the engine is restarting; retry the request") from error
+        except Drained as error:  # nor of this
+            raise Draining(error.message) from error
         return convert.generate_response(answer, with_token_ids=request.output.token_ids)
 
     async def stream_generate(self, message: pb.GenerateRequest, caller: Caller, stream: Stream) -> None:

@@ -42,6 +42,7 @@ CODES = {
     "ENGINE_RESTARTING": StatusCode.UNAVAILABLE,
     "ABORTED": StatusCode.ABORTED,
     "ENGINE_LOST": StatusCode.ABORTED,
+    "DRAINED": StatusCode.ABORTED,
     "SLOW_READER": StatusCode.ABORTED,
     "DEADLINE_EXCEEDED": StatusCode.DEADLINE_EXCEEDED,
     "INTERNAL": StatusCode.INTERNAL,

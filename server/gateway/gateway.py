@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
 
 from millrace.server.backends.base import TokenStream
-from millrace.server.errors import Draining, EngineLost, EngineRestarting
+from millrace.server.errors import Drained, Draining, EngineLost, EngineRestarting
 from millrace.server.gateway.choices import Choices
 from millrace.server.gateway.effective import token_request
 from millrace.server.gateway.limits import Limits
@@ -73,7 +73,7 @@ class Gateway:
                         record.step(news)
                         for deltas in choices.push(news):
                             yield deltas
-                live.check()
+                    live.check()
                 if clock.passed:
                     for deltas in choices.end(Finish(FinishReason.TIME_LIMIT)):
                         yield deltas
@@ -115,7 +115,10 @@ class Gateway:
         return await run_beside(self._encoders, size_of(chat), lambda: (template.render(chat), template.encode(chat)))
 
     async def drain(self, grace: float) -> None:
-        """Refuse new requests, let live ones run for `grace` seconds, end the rest with Draining."""
+        """Refuse new requests, let live ones run for `grace` seconds, end the rest.
+
+        They end with Draining before Started, with Drained after it.
+        """
         self.limits.refuse()
         if not await self.limits.idle(grace):
             self.limits.abort(Draining("the server is shutting down and the request had not ended in time"))
@@ -136,9 +139,11 @@ def stopper(stream: TokenStream, tokens: TokenRequest) -> Callable[[], None]:
 
 @contextmanager
 def past_first_message() -> Iterator[None]:
-    """A backend that dies before its first token could be tried again, had the client not seen Started already."""
+    """What could be tried again elsewhere had the client not seen Started: a backend that dies, a drain."""
     try:
         yield
+    except Draining as error:
+        raise Drained(error.message, metadata=error.metadata) from None
     except EngineRestarting as error:
         raise EngineLost(error.message, metadata=error.metadata) from None
 

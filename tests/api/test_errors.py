@@ -1,5 +1,7 @@
 """The table of errors, end to end: what a client sees for each kind of fault."""
 
+import asyncio
+
 import grpc
 import pytest
 
@@ -175,6 +177,23 @@ async def test_an_engine_lost_in_a_unary_call_can_be_retried(house, reason_of) -
     house.backend.error, house.backend.fail_after = errors.EngineLost("lost"), 2
     error = await fails(house.generation.Generate(ask()))
     assert (error.code(), reason_of(error).reason) == (CODE.UNAVAILABLE, "ENGINE_RESTARTING")
+
+
+async def test_a_drain_ends_what_the_client_has_begun_to_see(house, reason_of) -> None:
+    house.backend.resumed.clear()
+    stream = house.generation.StreamGenerate(ask(sampling=pb.SamplingParams(seed=77)))
+    assert (await stream.read()).HasField("started")
+    unary = asyncio.ensure_future(fails(house.generation.Generate(ask())))
+    while len(house.backend.live) < 2:  # noqa: ASYNC110  # the fake tells nobody
+        await asyncio.sleep(0.01)
+    await house.gateway.drain(0)
+    error = await fails(stream.read())
+    info = reason_of(error)
+    assert (error.code(), info.reason) == (CODE.ABORTED, "DRAINED")
+    assert (info.metadata["last_sequence"], info.metadata["seed"]) == ("1", "77")
+    assert "grpc-retry-pushback-ms" not in dict(error.trailing_metadata())
+    error = await unary
+    assert (error.code(), reason_of(error).reason) == (CODE.UNAVAILABLE, "DRAINING")
 
 
 async def test_a_bug_shows_an_incident_and_no_more(house, reason_of) -> None:

@@ -137,7 +137,7 @@ def test_drain_ends_streams_after_the_grace(start_server, make_request) -> None:
     server.process.send_signal(signal.SIGTERM)
     reader.join(30)
     assert reader.error is not None
-    assert (reader.error.code(), reason(reader.error)) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
+    assert (reader.error.code(), reason(reader.error)) == (grpc.StatusCode.ABORTED, "DRAINED")
     assert server.process.wait(30) == 0
 
 

@@ -5,7 +5,7 @@ from contextlib import aclosing
 
 import pytest
 
-from millrace.server.errors import Draining, QuotaExceeded, RequestIdInUse
+from millrace.server.errors import Drained, Draining, QuotaExceeded, RequestIdInUse
 from millrace.server.types import Caller, Completed, Started
 
 ACME, OTHER = Caller("acme"), Caller("other")
@@ -76,7 +76,7 @@ async def test_drain_ends_the_rest(house, ask) -> None:
     stuck = asyncio.create_task(consume())
     await started.wait()
     await house.gateway.drain(0.01)
-    with pytest.raises(Draining):
+    with pytest.raises(Drained):
         await stuck
     house.check_idle()
 
