@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack, ExitStack, contextmanager
 from itertools import count
 from typing import Any
 
@@ -114,7 +114,7 @@ def tenant_limits(keystore: KeyStore, config: ServerConfig) -> Limits:
     return Limits(lambda tenant: keystore.tenant(tenant).max_concurrent_requests or config.max_concurrent_requests)
 
 
-def start_metrics(stack: AsyncExitStack, metrics: Metrics, config: ServerConfig) -> str | None:
+def start_metrics(stack: AsyncExitStack | ExitStack, metrics: Metrics, config: ServerConfig) -> str | None:
     """Return the address of the page, or None if there is none."""
     if config.metrics_port is None:
         return None

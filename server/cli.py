@@ -46,10 +46,7 @@ def serve(config: Config = None, **flags: Any) -> None:
     Every setting can also stand in --config FILE or in the environment as MILLRACE_NAME; flags win over the
     environment, and the environment over the file.
     """
-    # gRPC reads both when it is imported. Workers are spawned, so its fork handlers only complain; what its core
-    # writes to stderr (goaways, taken ports) we report ourselves.
-    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    _quiet_grpc()
     from rich.console import Console
 
     from millrace.server.app import run
@@ -62,6 +59,7 @@ def serve(config: Config = None, **flags: Any) -> None:
 @with_settings
 def doctor(config: Config = None, **flags: Any) -> None:
     """Check whether `millrace serve` would work here, with the same settings, and print what they come to."""
+    _quiet_grpc()
     from rich.console import Console
 
     from millrace.server.config import load_settings
@@ -176,6 +174,13 @@ def options(
     ] = False,
 ) -> None:
     pass
+
+
+def _quiet_grpc() -> None:
+    """gRPC reads both when it is imported. Workers are spawned, so its fork handlers only complain; what its core
+    writes to stderr (goaways, taken ports) we report ourselves."""
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 
 def _given(**options: Any) -> Any:

@@ -3,31 +3,37 @@
 import os
 import platform
 import shutil
-import socket
+import ssl
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
+import grpc
 from rich.console import Console
 
-from millrace.server.api.listen import check_exposure, credentials, why_not
+from millrace.server.api.listen import check_exposure, credentials, target, why_not
+from millrace.server.app import read_model, start_metrics
+from millrace.server.backends.credentials import channel_credentials
+from millrace.server.backends.worker_client import EngineClient
 from millrace.server.config import COMPONENTS, Settings
-from millrace.server.errors import MissingDependency, StartupError
+from millrace.server.errors import ConfigError, MissingDependency, StartupError
 from millrace.server.gateway.auth import KeyStore
 from millrace.server.model.checkpoint import Checkpoint
 from millrace.server.model.executors.plan import make_plan
 from millrace.server.model.memory import available_memory
 from millrace.server.model.weights import find_weights
-from millrace.server.text.template import ChatTemplate
-from millrace.server.text.tokenizer import Tokenizer
+from millrace.server.telemetry.metrics import Metrics
 from millrace.v1 import bounds_pb2, generation_pb2, model_pb2, tokenizer_pb2
 
 FEATURES = ("avx2", "fma", "avx512f", "avx512_vnni", "amx_int8", "amx_bf16")
 PACKAGES = ("millrace", "grpcio", "protobuf", "numpy", "numba", "tokenizers", "torch")
 GIB = 1 << 30
+ELSEWHERE = "not needed here: the worker runs elsewhere"
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,13 +135,15 @@ def _show(console: Console, title: str, rows: list[tuple[str, str]]) -> None:
 
 def _pytorch(settings: Settings) -> str:
     if settings.supervisor.worker:
-        return "not needed here: the worker runs elsewhere"
+        return ELSEWHERE
     if find_spec("torch") is None:
         raise MissingDependency("the reference executor needs PyTorch: pip install torch==2.13.0")
     return version("torch")
 
 
 def _native(settings: Settings) -> str:
+    if settings.supervisor.worker:
+        return ELSEWHERE
     found = find_spec("millrace.kernels._C")
     if found is None or found.origin is None:
         raise MissingDependency("the native extension is not built: pip install -e . in the source tree")
@@ -144,10 +152,12 @@ def _native(settings: Settings) -> str:
 
 def _model(settings: Settings) -> str:
     """Reads all but the weights, and settles what is `auto`."""
+    card, context = read_model(settings, EngineClient())
+    if settings.supervisor.worker:
+        return f"{card.name}, context of {context} tokens; the worker has the weights"
     config = settings.engine
     checkpoint = Checkpoint.open(config.checkpoint)
     find_weights(checkpoint)
-    ChatTemplate.load(config.checkpoint, Tokenizer.load(config.checkpoint))
     plan = make_plan(config, checkpoint.spec)
     layout = plan.layout
     return (
@@ -157,17 +167,37 @@ def _model(settings: Settings) -> str:
     )
 
 
+def _worker(settings: Settings) -> str:
+    """Whether a worker elsewhere answers is not asked: it may come later."""
+    config = settings.supervisor
+    if config.worker is None:
+        return "one is started, on a Unix socket"
+    if channel_credentials(config) and config.worker_cert:
+        try:
+            ssl.create_default_context(cafile=config.worker_ca).load_cert_chain(config.worker_cert, config.worker_key)
+        except ssl.SSLError as error:
+            raise ConfigError(
+                f"--worker-ca, --worker-cert, --worker-key: are they PEM, and the last two a pair? ({error.reason})"
+            ) from None
+    return f"expected at {config.worker}"
+
+
 def _listen(settings: Settings) -> str:
+    """Takes both ports as serving does, and lets them go again."""
     config = settings.server
     check_exposure(config)
-    credentials(config)
-    with socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    tls = credentials(config)
+    with ExitStack() as stack:
+        page = start_metrics(stack, Metrics(), config)
+        server = grpc.server(ThreadPoolExecutor(1), options=[("grpc.so_reuseport", 0)])
+        stack.callback(server.stop, None)
         try:
-            probe.bind((config.host, config.port))
-        except OSError:
-            raise why_not(config) from None
-    return f"{config.host}:{config.port} is free" if config.port else f"{config.host}, any free port"
+            port = server.add_secure_port(target(config), tls) if tls else server.add_insecure_port(target(config))
+        except RuntimeError:
+            port = 0
+        if not port:
+            raise why_not(config)
+    return f"{target(config)}{' with TLS' if tls else ''}" + (f", metrics at {page}" if page else "")
 
 
 def _keys(settings: Settings) -> str:
@@ -180,6 +210,7 @@ CHECKS: dict[str, Callable[[Settings], str]] = {
     "PyTorch": _pytorch,
     "native extension": _native,
     "model": _model,
+    "worker": _worker,
     "listen": _listen,
     "API keys": _keys,
 }

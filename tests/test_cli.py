@@ -2,18 +2,24 @@
 
 import io
 import os
+import shutil
+import socket
 import subprocess
 import sys
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from rich.console import Console
 from typer.testing import CliRunner
 
 from millrace.server import cli, doctor
 from millrace.server.chat import converse
 from millrace.server.client import Message, Role
-from millrace.server.config import COMPONENTS, OWNER, EngineConfig, Settings, load_settings
+from millrace.server.config import BUILTIN, COMPONENTS, OWNER, EngineConfig, Settings, load_settings
 from millrace.server.demo import server
 from millrace.server.errors import MillraceError, Overloaded
 from millrace.server.gateway.auth import KeyStore
@@ -156,8 +162,54 @@ def test_doctor_prints_every_setting_and_bound() -> None:
 
 @pytest.mark.parametrize(("flag", "value"), [("model", "/nonexistent"), ("host", "0.0.0.0"), ("api_keys", "/none")])
 def test_doctor_fails_where_serving_would(flag: str, value: str) -> None:
-    settings = load_settings({"port": 0, flag: value}, environment={})
+    settings = load_settings({"port": 0, "metrics_port": 0, flag: value}, environment={})
     assert doctor.examine(settings, Console(file=io.StringIO())) == 1
+
+
+def verdict(**flags: object) -> list[str]:
+    """What `doctor` finds wrong."""
+    settings = load_settings({"port": 0, "metrics_port": 0} | flags, environment={})
+    findings = [doctor.check(name, work, settings) for name, work in doctor.CHECKS.items()]
+    return [finding.text for finding in findings if not finding.good]
+
+
+def test_doctor_tries_both_ports() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for flag in ("port", "metrics-port"):
+            [wrong] = verdict(**{flag.replace("-", "_"): port})
+            assert f"--{flag}" in wrong
+    [wrong] = verdict(port=port, metrics_port=port)
+    assert "in use" in wrong
+    assert verdict(port=port) == []  # and it has let go of it
+
+
+def test_doctor_loads_certificates_with_their_keys(tmp_path: Path) -> None:
+    (cert, key), (_, other) = certificate(tmp_path / "a"), certificate(tmp_path / "b")
+    assert verdict(tls_cert=cert, tls_key=key) == []
+    assert "a pair?" in verdict(tls_cert=cert, tls_key=other)[0]
+    worker = {"worker": "127.0.0.1:5", "worker_ca": cert, "worker_cert": cert}
+    assert verdict(**worker, worker_key=key) == []
+    assert "a pair?" in verdict(**worker, worker_key=other)[0]
+    assert "No such file" in verdict(**worker, worker_key=tmp_path / "none")[0]
+
+
+def certificate(stem: Path) -> tuple[Path, Path]:
+    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "a")])
+    now = datetime.now(UTC)
+    builder = x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + timedelta(hours=1))
+    files = stem.with_suffix(".pem"), stem.with_suffix(".key")
+    files[0].write_bytes(builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
+    plain = serialization.NoEncryption()
+    files[1].write_bytes(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain))
+    return files
+
+
+def test_doctor_wants_no_weights_where_the_worker_has_them(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(BUILTIN, model, ignore=shutil.ignore_patterns("*.safetensors", "*.py", "__pycache__"))
+    assert "safetensors" in verdict(model=str(model))[0]
+    assert verdict(model=str(model), worker="unix:/socket") == []
 
 
 def test_a_bad_byte_does_not_end_a_conversation() -> None:

@@ -33,7 +33,8 @@ MAY_IMPORT = {
     "chat": {"client", "errors"},
     "demo": {"client", "errors"},
     "flags": {"config"},
-    "doctor": WORDS | {"api", "gateway", "text", "model", "stubs"},  # stubs: prints the bounds that protos declare
+    # Asks the very functions that serving calls; stubs: prints the bounds that protos declare.
+    "doctor": WORDS | {"app", "api", "backends", "gateway", "model", "telemetry", "stubs"},
     "app": WORDS | {"api", "gateway", "text", "backends", "model", "telemetry"},
     "cli": WORDS | {"app", "client", "chat", "doctor", "flags", "gateway", "worker", "tuning"},
     "__main__": {"cli"},
