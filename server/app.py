@@ -50,9 +50,9 @@ def run(settings: Settings, console: Console) -> int:
 
 async def serve(settings: Settings, console: Console) -> int:
     """What is fast and fails early comes first; the port is held and health is truthful while the model loads."""
-    stop = stop_signal()
     keystore = KeyStore.load(settings.server.api_keys)
     supervisor = Supervisor(settings.engine, settings.supervisor, checkpoint_digest(settings.engine.checkpoint))
+    stop = stop_signal(supervisor.remove_directory)
     card, context = read_model(settings, supervisor.backend)
     metrics = Metrics()
     metrics.watch_engine(supervisor.backend.stats, lambda: supervisor.backend.messages)
@@ -77,7 +77,7 @@ async def serve(settings: Settings, console: Console) -> int:
         announce(console, settings.server, card, port, page)
         await stop
         log.info("draining", live_requests=gateway.limits.live, grace=settings.server.grace)
-        arm_watchdog(settings.server.grace + WATCHDOG)
+        arm_watchdog(settings.server.grace + WATCHDOG, supervisor.remove_directory)
         api.set_ready(False)
         await gateway.drain(settings.server.grace)
     log.info("stopped")
@@ -176,14 +176,14 @@ def reload_on_hangup(keystore: KeyStore) -> None:
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
 
 
-def stop_signal() -> asyncio.Future[None]:
-    """Resolves with the first SIGTERM or SIGINT; the second ends the process at once."""
+def stop_signal(tidy: Callable[[], None]) -> asyncio.Future[None]:
+    """Resolves with the first SIGTERM or SIGINT; the second ends the process at once, after `tidy`."""
     loop = asyncio.get_running_loop()
     stop: asyncio.Future[None] = loop.create_future()
 
     def on_signal(number: int) -> None:
         if stop.done():
-            os._exit(128 + number)
+            end_now(128 + number, tidy)
         stop.set_result(None)
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -195,11 +195,16 @@ async def first_of(*futures: asyncio.Future[Any]) -> None:
     await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
 
 
-def arm_watchdog(seconds: float) -> None:
+def arm_watchdog(seconds: float, tidy: Callable[[], None]) -> None:
     """Shutting down gRPC can hang; the process then ends all the same, with status 1."""
-    timer = threading.Timer(seconds, os._exit, (1,))
+    timer = threading.Timer(seconds, end_now, (1, tidy))
     timer.daemon = True
     timer.start()
+
+
+def end_now(status: int, tidy: Callable[[], None]) -> None:
+    tidy()
+    os._exit(status)
 
 
 def raise_file_limit() -> None:

@@ -2,8 +2,12 @@
 
 import io
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +22,8 @@ from millrace.server.gateway.gateway import Gateway
 from millrace.server.gateway.limits import Limits
 from millrace.server.gateway.routing import Routes
 from millrace.server.telemetry.metrics import Metrics
+
+WORKER = (sys.executable, str(Path(__file__).parent / "scripted_worker.py"))
 
 
 @pytest.fixture
@@ -112,3 +118,30 @@ def test_ready_lines(directory: Path, server: dict[str, object], expected: list[
     announce(Console(file=out, width=20), ServerConfig(**server), card, 77, page)
     for text in [*expected, "model my-model", page]:
         assert text in out.getvalue()
+
+
+@pytest.mark.parametrize("forced", ["second signal", "watchdog"])
+def test_a_forced_end_leaves_no_socket_behind(forced: str, tmp_path: Path) -> None:
+    program = f"""
+import asyncio, os, signal, time
+from millrace.server import app
+from millrace.server.backends.supervisor import Supervisor
+from millrace.server.config import EngineConfig, SupervisorConfig
+async def main():
+    supervisor = Supervisor(EngineConfig(model="2"), SupervisorConfig(), "scripted-digest", {WORKER!r})
+    await supervisor.start()
+    assert os.listdir({str(tmp_path)!r})
+    stop = app.stop_signal(supervisor.remove_directory)
+    os.kill(os.getpid(), signal.SIGTERM)
+    await stop
+    if {forced!r} == "watchdog":
+        app.arm_watchdog(0.01, supervisor.remove_directory)
+        time.sleep(60)
+    os.kill(os.getpid(), signal.SIGINT)
+    await asyncio.sleep(60)
+asyncio.run(main())
+"""
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, timeout=60, check=False)
+    assert done.returncode == {"second signal": 128 + signal.SIGINT, "watchdog": 1}[forced]
+    assert list(tmp_path.iterdir()) == []

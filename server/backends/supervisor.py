@@ -74,6 +74,10 @@ class Supervisor:
         await self.backend.close()
         if self.process is not None:
             await self.process.stop(GRACE)
+        self.remove_directory()
+
+    def remove_directory(self) -> None:
+        """Remove the sockets of workers; all there is to tidy where a process must end at once."""
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
 

@@ -120,19 +120,19 @@ def stop_signal() -> asyncio.Future[None]:
     loop = asyncio.get_running_loop()
     stop: asyncio.Future[None] = loop.create_future()
 
-    def on_signal() -> None:
+    def on_signal(number: int) -> None:
         if stop.done():
-            os._exit(0)
+            os._exit(128 + number)
         stop.set_result(None)
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal)
+        loop.add_signal_handler(number, on_signal, number)
     return stop
 
 
 def arm_watchdog(seconds: float) -> None:
-    """Shutting down gRPC can hang; the process then ends all the same."""
-    timer = threading.Timer(seconds, os._exit, (0,))
+    """Shutting down gRPC can hang; the process then ends all the same, with status 1."""
+    timer = threading.Timer(seconds, os._exit, (1,))
     timer.daemon = True
     timer.start()
 
@@ -167,7 +167,8 @@ def read_engine_config(text: str) -> EngineConfig:
 
 
 def main(argv: Sequence[str], load: Load = load_engine) -> NoReturn:
-    """Run a worker, then end the process: 0 after a signal, 1 if it cannot start or its engine failed.
+    """Run a worker, then end the process: 0 after a signal, 128 + its number after a second one, 1 if it cannot
+    start, its engine failed or its end takes too long.
 
     The interpreter is not asked to finish: a thread that loads or computes would keep it from doing so.
     """

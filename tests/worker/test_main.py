@@ -170,8 +170,13 @@ async def test_a_second_signal_ends_at_once_and_health_is_told(tmp_path: Path) -
             assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
         await anext(stream)
         process.popen.terminate()
-        assert (await asyncio.to_thread(process.end))[0] == 0
+        assert (await asyncio.to_thread(process.end))[0] == 128 + signal.SIGTERM
         await client.close()
+
+
+def test_an_end_that_takes_too_long_is_a_failure() -> None:
+    program = "import time; from millrace.server.worker.main import arm_watchdog; arm_watchdog(0.01); time.sleep(60)"
+    assert subprocess.run([sys.executable, "-c", program], timeout=60, check=False).returncode == 1
 
 
 async def test_a_socket_belongs_to_one_worker(tmp_path: Path) -> None:
