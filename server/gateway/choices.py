@@ -50,32 +50,32 @@ class Choice:
         if finish and finish.reason in RAN_OUT:
             finish = replace(finish, reason=self._ran_out)
         self._held_ids += ids
-        deltas: list[ChoiceDelta] = []
-        step = self._output.max_tokens_per_message or max(len(ids), 1)
-        for start in range(0, len(ids), step):
-            piece = ids[start : start + step]
-            deltas += self._release(self._text.push(piece) if self._text else Emitted("", len(piece), None))
-            if self.finish:
-                return deltas
-        return deltas + self.end(finish) if finish else deltas
+        deltas = self._release(self._text.push(ids) if self._text else textless(len(ids)))
+        return deltas + self.end(finish) if finish and not self.finish else deltas
 
     def end(self, finish: Finish) -> list[ChoiceDelta]:
         """Release everything that is held and finish."""
-        return self._release(self._text.finish() if self._text else Emitted("", len(self._held_ids), None), finish)
+        return self._release(self._text.finish() if self._text else textless(len(self._held_ids)), finish)
 
     def _release(self, emitted: Emitted, finish: Finish | None = None) -> list[ChoiceDelta]:
         if emitted.stop_string is not None:
             finish = Finish(FinishReason.STOP_SEQUENCE, stop_string=emitted.stop_string)
         self.finish = finish
-        left, step = emitted.tokens, self._output.max_tokens_per_message or max(emitted.tokens, 1)
         deltas: list[ChoiceDelta] = []
-        while left > step:
-            deltas += self._delta(step)
-            left -= step
-        return deltas + self._delta(left, emitted.text, finish)
+        limit = self._output.max_tokens_per_message or max(emitted.tokens, 1)
+        left, start = emitted.tokens, 0
+        while left > limit:
+            left -= limit
+            end = emitted.ends[-left - 1]
+            deltas += self._delta(limit, emitted.text[start:end])
+            start = end
+        return deltas + self._delta(left, emitted.text[start:], finish)
 
-    def _delta(self, count: int, text: str = "", finish: Finish | None = None) -> list[ChoiceDelta]:
-        """The next `count` tokens; nothing if there is nothing in them that the client wants."""
+    def _delta(self, count: int, text: str, finish: Finish | None = None) -> list[ChoiceDelta]:
+        """The next `count` tokens and their text; nothing if the client wants neither.
+
+        A token without text goes out in an empty delta: there is no gap in the offsets of what was sent.
+        """
         ids = self._held_ids[:count]
         del self._held_ids[:count]
         delta = ChoiceDelta(
@@ -87,8 +87,13 @@ class Choice:
             token_offset=self.sent,
         )
         self.sent += count
-        wanted = delta.text or delta.token_ids or (delta.logprobs and count) or finish
-        return [delta] if wanted else []
+        wants_tokens = self._output.text or self._output.token_ids or delta.logprobs
+        return [delta] if delta.text or finish or (count and wants_tokens) else []
+
+
+def textless(tokens: int) -> Emitted:
+    """What a choice whose text nobody reads releases."""
+    return Emitted("", tokens, None, [0] * tokens)
 
 
 class Choices:

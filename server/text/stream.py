@@ -13,15 +13,17 @@ from millrace.server.text.tokenizer import Tokenizer
 class Emitted(NamedTuple):
     """`tokens`: how many, from the oldest unreleased one on, may go out with `text`.
 
-    `stop_string` is set in the one result in which a stop string matched: the text has ended.
+    `stop_string` is set in the one result in which a stop string matched: the text has ended. `ends`: where in
+    `text` each of these tokens ends, in characters; what follows the last one is the beginning of a token held.
     """
 
     text: str
     tokens: int
     stop_string: str | None
+    ends: Sequence[int]
 
 
-NOTHING = Emitted("", 0, None)
+NOTHING = Emitted("", 0, None, ())
 
 
 class TextStream:
@@ -67,24 +69,27 @@ class TextStream:
         return NOTHING if self._ended else self._release(self._detokenizer.finish(), last=True)
 
     def _release(self, text: str, last: bool) -> Emitted:
+        before = self._settled
         text, settled = self._pipeline.push(text, last)
         self._settled += settled
         matched = self._stops.matched if self._stops else None
         self._ended = last or matched is not None
-        if matched is not None:
-            return Emitted(text, self._tokens_at_stop(), matched)
-        return Emitted(text, len(self._spans) if last else self._take_settled(), None)
+        if matched is not None and self._include_stop:
+            spans = self._take_begun()
+        elif last and matched is None:
+            spans = list(self._spans)
+        else:
+            spans = self._take_settled()
+        return Emitted(text, len(spans), matched, [min(end - before, len(text)) for _, end in spans])
 
-    def _take_settled(self) -> int:
-        count = 0
+    def _take_settled(self) -> list[tuple[int, int]]:
+        taken = []
         while self._spans and self._spans[0][1] <= self._settled:
-            self._spans.popleft()
-            count += 1
-        return count
+            taken.append(self._spans.popleft())
+        return taken
 
-    def _tokens_at_stop(self) -> int:
-        if not self._include_stop:
-            return self._take_settled()
+    def _take_begun(self) -> list[tuple[int, int]]:
+        """Every token with a character before the end of the text."""
         while self._spans and self._spans[-1][0] >= self._settled:
             self._spans.pop()
-        return len(self._spans)
+        return list(self._spans)
