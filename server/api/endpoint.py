@@ -21,7 +21,8 @@ from prometheus_client import Counter
 
 from millrace.server.api import bounds
 from millrace.server.api.status import Failure, failure, public
-from millrace.server.errors import DeadlineExceeded, Draining, InvalidRequest, Overloaded, SlowReader
+from millrace.server.api.wire import broken_field
+from millrace.server.errors import DeadlineExceeded, Draining, FieldViolation, InvalidRequest, Overloaded, SlowReader
 from millrace.server.telemetry.logs import get_logger
 from millrace.server.types import Caller
 
@@ -224,7 +225,9 @@ class Endpoint:
         try:
             request = self._method.request.FromString(raw)
         except DecodeError as error:
-            raise InvalidRequest(f"this is no valid {self._method.request.DESCRIPTOR.full_name}: {error}") from None
+            kind = self._method.request.DESCRIPTOR
+            broken = broken_field(kind, raw) or FieldViolation("request", f"is no valid {kind.full_name}: {error}")
+            raise InvalidRequest.at(broken.field, broken.description) from None
         if self._method.is_ours:
             bounds.check(request)
         return request

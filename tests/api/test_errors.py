@@ -71,17 +71,56 @@ async def test_many_violations_at_once(house, details_of) -> None:
     assert len(found["BadRequest"].field_violations) == 10
 
 
-@pytest.mark.parametrize(
-    "raw",
-    [b"\x0a\x02\xff\xfe", b"\x0a\xff", b"\xff" * 20, b"\x2a\x01\x0d"],
-    ids=["bad UTF-8", "short", "noise", "short nested"],
-)
-async def test_what_cannot_be_parsed_is_the_clients_fault(house, reason_of, raw: bytes) -> None:
+def latin_1(message: pb.GenerateRequest) -> bytes:
+    """The message with its one ä in another encoding, of the same length."""
+    return message.SerializeToString().replace("ä".encode(), "ä ".encode("latin-1"))
+
+
+def field(number: int, raw: bytes) -> bytes:
+    size = len(raw)
+    return bytes((8 * number + 2, size & 127 | 128, size >> 7 & 127 | 128, size >> 14)) + raw
+
+
+def nested(depth: int) -> bytes:
+    """A request whose template_kwargs hold lists in lists, deeper than protobuf reads."""
+    raw = b""
+    for _ in range(depth):
+        raw = field(6, field(1, raw))
+    return field(4, field(4, field(1, field(2, raw))))
+
+
+UNREADABLE = {
+    "bad UTF-8": (b"\x0a\x02\xff\xfe", "model"),
+    "bad prompt": (latin_1(ask(text="ä")), "text"),
+    "bad message": (
+        latin_1(
+            pb.GenerateRequest(chat=pb.ChatPrompt(messages=[*chat(USER, "a").messages, *chat(USER, "b", "ä").messages]))
+        ),
+        "chat.messages[1].parts[1].text",
+    ),
+    "bad stop": (latin_1(ask(stopping=pb.StoppingCriteria(stop_strings=["x", "ä"]))), "stopping.stop_strings[1]"),
+    "bad label": (latin_1(ask(labels={"team": "ä"})), "labels[0].value"),
+    "after numbers": (
+        latin_1(ask(sampling=pb.SamplingParams(top_p=0.5, seed=2**63, logit_bias={1: 1}), request_id="ä")),
+        "request_id",
+    ),
+    "short": (b"\x0a\xff", "request"),
+    "noise": (b"\xff" * 20, "request"),
+    "short nested": (b"\x2a\x01\x0d", "sampling"),
+    "too much to look at": (b"\x2a\x00" * 2000 + b"\x0a\x01\xff", "request"),
+    "too deep": (nested(3000), "request"),
+}
+
+
+@pytest.mark.parametrize(("raw", "field"), UNREADABLE.values(), ids=UNREADABLE)
+async def test_what_cannot_be_parsed_is_the_clients_fault(house, details_of, raw: bytes, field: str) -> None:
     for method, kind in (("Generate", house.channel.unary_unary), ("StreamGenerate", house.channel.unary_stream)):
         call = kind(f"/millrace.v1.GenerationService/{method}")(raw)
         error = await fails(call if method == "Generate" else call.read())
         assert error.code() == CODE.INVALID_ARGUMENT
-        assert reason_of(error).reason == "FIELD_INVALID"
+        found = details_of(error)
+        assert found["ErrorInfo"].reason == "FIELD_INVALID"
+        assert [v.field for v in found["BadRequest"].field_violations] == [field]
 
 
 async def test_a_call_without_a_message(house, reason_of) -> None:
