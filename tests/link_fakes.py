@@ -63,14 +63,16 @@ class ScriptedEngine:
     def has_work(self) -> bool:
         return bool(self.live)
 
-    def submit(self, request: SequenceRequest) -> None:
+    def submit(self, *requests: SequenceRequest) -> None:
         self.threads.add(threading.get_ident())
-        if request.prompt_ids[0] == INVALID:
+        if requests[0].prompt_ids[0] == INVALID:
             raise InvalidRequest.at("prompt", "is cursed", bound="3")
-        if len(self.live) >= self.capacity:
+        if len(self.live) + len(requests) > self.capacity:
             raise QueueFull(f"{self.capacity} wait", metadata={"limit": str(self.capacity)}, retry_after=7)
-        self.seen.append(request)
-        self.live[request.sequence_id] = request, script(request.prompt_ids, request.choice, request.max_output_tokens)
+        self.seen += requests
+        for request in requests:
+            tokens = script(request.prompt_ids, request.choice, request.max_output_tokens)
+            self.live[request.sequence_id] = request, tokens
 
     def cancel(self, sequence_id: int) -> None:
         self.cancelled.append(sequence_id)

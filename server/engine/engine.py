@@ -86,9 +86,13 @@ class Engine:
         """Grows with every layer and every step; any thread may read it."""
         return self._executor.progress + self._steps
 
-    def submit(self, request: SequenceRequest) -> None:
-        """Queue a sequence. Raises InvalidRequest, PromptTooLong, ExceedsKVCapacity or QueueFull."""
-        self._scheduler.submit(checked_request(request, self.info.vocab_size), self._clock_us())
+    def submit(self, *requests: SequenceRequest) -> None:
+        """Queue the choices of one request, all of them or none.
+
+        Raises InvalidRequest, PromptTooLong, ExceedsKVCapacity or QueueFull.
+        """
+        checked = [checked_request(request, self.info.vocab_size) for request in requests]
+        self._scheduler.submit(*checked, now_us=self._clock_us())
 
     def cancel(self, sequence_id: int) -> None:
         """End a sequence: it yields nothing more, not even a finish. An unknown one is ignored."""

@@ -83,19 +83,23 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self._live)
 
-    def submit(self, request: SequenceRequest, now_us: int) -> None:
-        """Queue a sequence. Raises PromptTooLong, ExceedsKVCapacity, QueueFull; ValueError on a live sequence_id."""
-        if request.sequence_id in self._live:
-            raise ValueError(f"sequence {request.sequence_id} is live already")
-        tokens = len(request.prompt_ids)
-        limit = min(tokens + request.max_output_tokens, self.limits.max_model_len)
-        self._check_size(tokens, limit)
-        self._check_queue(tokens)
-        self._arrivals += 1
-        sequence = Sequence(request, self._arrivals, now_us, prompt_len=tokens, limit=limit, length=tokens)
-        self._live[request.sequence_id] = sequence
-        self._waiting[sequence.arrival] = sequence
-        self.waiting_tokens += tokens
+    def submit(self, *requests: SequenceRequest, now_us: int) -> None:
+        """Queue the choices of one request, all of them or none.
+
+        Raises PromptTooLong, ExceedsKVCapacity, QueueFull; ValueError on a live sequence_id.
+        """
+        for request in requests:
+            if request.sequence_id in self._live:
+                raise ValueError(f"sequence {request.sequence_id} is live already")
+            self._check_size(len(request.prompt_ids), self._limit(request))
+        self._check_queue(len(requests), sum(len(request.prompt_ids) for request in requests))
+        for request in requests:
+            tokens, limit = len(request.prompt_ids), self._limit(request)
+            self._arrivals += 1
+            sequence = Sequence(request, self._arrivals, now_us, prompt_len=tokens, limit=limit, length=tokens)
+            self._live[request.sequence_id] = sequence
+            self._waiting[sequence.arrival] = sequence
+            self.waiting_tokens += tokens
 
     def cancel(self, sequence_id: int) -> None:
         """End a sequence without a word. An unknown one is ignored: a finish and a cancel may cross."""
@@ -181,6 +185,9 @@ class Scheduler:
             if not holds:
                 raise AssertionError(f"violated: {fact}")
 
+    def _limit(self, request: SequenceRequest) -> int:
+        return min(len(request.prompt_ids) + request.max_output_tokens, self.limits.max_model_len)
+
     def _check_size(self, tokens: int, limit: int) -> None:
         longest = self.limits.max_model_len - 1  # one token of output at least
         if tokens > longest:
@@ -199,13 +206,14 @@ class Scheduler:
                 metadata={"blocks_needed": str(needed), "blocks_total": str(self.pool.total)},
             )
 
-    def _check_queue(self, tokens: int) -> None:
-        requests, allowed = len(self._waiting), self.limits.max_queued_tokens
-        # A prompt longer than the whole bound may wait alone; it would never be served otherwise.
-        if requests >= self.limits.max_queued_requests or (requests and self.waiting_tokens + tokens > allowed):
+    def _check_queue(self, count: int, tokens: int) -> None:
+        waiting = len(self._waiting)
+        too_many = waiting + count > self.limits.max_queued_requests
+        # A request that exceeds a bound by itself may wait alone; it would never be served otherwise.
+        if waiting and (too_many or self.waiting_tokens + tokens > self.limits.max_queued_tokens):
             raise QueueFull(
-                f"{requests} sequences of {self.waiting_tokens} prompt tokens wait already; retry later",
-                metadata={"waiting_sequences": str(requests), "waiting_tokens": str(self.waiting_tokens)},
+                f"{waiting} sequences of {self.waiting_tokens} prompt tokens wait already; retry later",
+                metadata={"waiting_sequences": str(waiting), "waiting_tokens": str(self.waiting_tokens)},
             )
 
     def _plan_decodes(self, plan: Plan) -> list[Sequence]:

@@ -27,7 +27,7 @@ class StepEngine(Protocol):
     def has_work(self) -> bool: ...
     @property
     def progress(self) -> int: ...
-    def submit(self, request: SequenceRequest) -> None: ...
+    def submit(self, *requests: SequenceRequest) -> None: ...
     def cancel(self, sequence_id: int) -> None: ...
     def step(self) -> StepOutput: ...
     def check(self) -> None: ...
@@ -147,18 +147,13 @@ class EngineThread:
 
 
 def admit(engine: StepEngine, sequences: tuple[SequenceRequest, ...], report: Report) -> None:
-    """Submit every choice of a request, or undo those submitted and reject them all."""
-    submitted: list[int] = []
+    """Submit the choices of a request; they are admitted or rejected together."""
     try:
-        for sequence in sequences:
-            engine.submit(sequence)
-            submitted.append(sequence.sequence_id)
+        engine.submit(*sequences)
     except RequestError as error:
-        for sequence_id in submitted:
-            engine.cancel(sequence_id)
         report.rejected += [(sequence.sequence_id, error) for sequence in sequences]
     else:
-        report.admitted += submitted
+        report.admitted += [sequence.sequence_id for sequence in sequences]
 
 
 def warm_up(engine: StepEngine) -> None:

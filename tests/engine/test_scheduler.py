@@ -41,9 +41,9 @@ def test_the_scheduler_is_plain_python():
 
 def test_decodes_come_first_then_chunks_in_order_of_arrival():
     scheduler = make_scheduler(max_num_batched_tokens=8)
-    scheduler.submit(make_request(1, range(3)), 0)
-    scheduler.submit(make_request(2, range(10)), 0)
-    scheduler.submit(make_request(3, range(2)), 0)
+    scheduler.submit(make_request(1, range(3)), now_us=0)
+    scheduler.submit(make_request(2, range(10)), now_us=0)
+    scheduler.submit(make_request(3, range(2)), now_us=0)
     plans = []
     for _ in range(4):
         plans.append(scheduler.plan(0))
@@ -56,8 +56,8 @@ def test_decodes_come_first_then_chunks_in_order_of_arrival():
 
 def test_with_two_steps_in_flight_a_row_names_the_row_it_waits_for():
     scheduler = make_scheduler()
-    scheduler.submit(make_request(1, range(3), max_output_tokens=3), 0)
-    scheduler.submit(make_request(2, range(3), max_output_tokens=2), 0)
+    scheduler.submit(make_request(1, range(3), max_output_tokens=3), now_us=0)
+    scheduler.submit(make_request(2, range(3), max_output_tokens=2), now_us=0)
     first, second, third = scheduler.plan(0), scheduler.plan(0), scheduler.plan(0)
     assert [row.source for row in first.rows] == [None, None]
     assert [row.source for row in second.rows] == [(1, 0), (1, 1)]
@@ -67,7 +67,7 @@ def test_with_two_steps_in_flight_a_row_names_the_row_it_waits_for():
 
 def test_an_end_in_flight_drops_the_later_row_and_frees_the_blocks_with_it():
     scheduler = make_scheduler()
-    scheduler.submit(make_request(1, range(3), stop_token_ids=frozenset({7})), 0)
+    scheduler.submit(make_request(1, range(3), stop_token_ids=frozenset({7})), now_us=0)
     first, second, third = scheduler.plan(0), scheduler.plan(0), scheduler.plan(0)
     accepted, finished = commit(scheduler, first)
     assert (accepted, finished[0].stop_token_id) == ([0], 7)
@@ -80,7 +80,7 @@ def test_an_end_in_flight_drops_the_later_row_and_frees_the_blocks_with_it():
 def test_the_latest_arrival_gives_way_and_starts_over():
     scheduler = make_scheduler(blocks=5, block_size=2, max_model_len=10)
     for sequence_id in (1, 2):
-        scheduler.submit(make_request(sequence_id, range(3), max_output_tokens=6), 0)
+        scheduler.submit(make_request(sequence_id, range(3), max_output_tokens=6), now_us=0)
     order = []
     while scheduler.has_work:
         plan = scheduler.plan(0)
@@ -92,7 +92,7 @@ def test_the_latest_arrival_gives_way_and_starts_over():
 def test_blocks_on_their_way_back_are_waited_for_rather_than_taken_from_one_more():
     scheduler = make_scheduler(blocks=6, block_size=2, max_model_len=12)
     for sequence_id in (1, 2, 3):
-        scheduler.submit(make_request(sequence_id, range(2), max_output_tokens=9), 0)
+        scheduler.submit(make_request(sequence_id, range(2), max_output_tokens=9), now_us=0)
     commit(scheduler, scheduler.plan(0))
     plans = [scheduler.plan(0) for _ in range(3)]
     assert [plan and len(plan.rows) for plan in plans] == [3, 3, None], "no block is free before a step comes back"
@@ -104,8 +104,8 @@ def test_blocks_on_their_way_back_are_waited_for_rather_than_taken_from_one_more
 
 def test_a_prompt_that_gives_way_half_read_is_read_again_from_its_start():
     scheduler = make_scheduler(blocks=12, block_size=1, max_num_batched_tokens=2)
-    scheduler.submit(make_request(1, range(2), max_output_tokens=8), 0)
-    scheduler.submit(make_request(2, range(8), max_output_tokens=2), 0)
+    scheduler.submit(make_request(1, range(2), max_output_tokens=8), now_us=0)
+    scheduler.submit(make_request(2, range(8), max_output_tokens=2), now_us=0)
     planned = []
     while scheduler.has_work:
         plan = scheduler.plan(0)
@@ -117,10 +117,10 @@ def test_a_prompt_that_gives_way_half_read_is_read_again_from_its_start():
 
 def test_the_oldest_always_finishes_whatever_arrives_behind_it():
     scheduler = make_scheduler(blocks=8, block_size=1, max_model_len=9, max_queued_requests=500, max_queued_tokens=5000)
-    scheduler.submit(make_request(0, [1], max_output_tokens=8), 0)
+    scheduler.submit(make_request(0, [1], max_output_tokens=8), now_us=0)
     finished = []
     for arrival in range(1, 400):
-        scheduler.submit(make_request(arrival, [1] * (arrival % 3 + 1), max_output_tokens=5), 0)
+        scheduler.submit(make_request(arrival, [1] * (arrival % 3 + 1), max_output_tokens=5), now_us=0)
         plan = scheduler.plan(0)
         finished += [finish.sequence_id for finish in commit(scheduler, plan)[1]]
     assert finished[0] == 0
@@ -130,37 +130,51 @@ def test_the_oldest_always_finishes_whatever_arrives_behind_it():
 
 def test_the_queue_is_bounded_in_requests_and_in_tokens():
     scheduler = make_scheduler(max_queued_requests=3, max_queued_tokens=10)
-    scheduler.submit(make_request(1, range(20)), 0)  # alone it may wait, though it exceeds the bound
+    scheduler.submit(make_request(1, range(20)), now_us=0)  # alone it may wait, though it exceeds the bound
     with pytest.raises(QueueFull) as caught:
-        scheduler.submit(make_request(2, range(1)), 0)
+        scheduler.submit(make_request(2, range(1)), now_us=0)
     assert caught.value.retry_after > 0
     assert caught.value.metadata == {"waiting_sequences": "1", "waiting_tokens": "20"}
     scheduler.cancel(1)
     for sequence_id in (3, 4, 5):
-        scheduler.submit(make_request(sequence_id, range(2)), 0)
+        scheduler.submit(make_request(sequence_id, range(2)), now_us=0)
     with pytest.raises(QueueFull):
-        scheduler.submit(make_request(6, range(2)), 0)
+        scheduler.submit(make_request(6, range(2)), now_us=0)
     scheduler.check()
     assert (scheduler.waiting, scheduler.waiting_tokens) == (3, 6)
+
+
+def test_the_choices_of_a_request_do_not_count_against_each_other():
+    scheduler = make_scheduler(max_queued_requests=4, max_queued_tokens=10)
+    scheduler.submit(*(make_request(i, range(2)) for i in range(8)), now_us=0)  # alone it may wait
+    scheduler.cancel(7)
+    for i in range(5):
+        scheduler.cancel(i)
+    assert (scheduler.waiting, scheduler.waiting_tokens) == (2, 4)
+    with pytest.raises(QueueFull):
+        scheduler.submit(*(make_request(i, range(2)) for i in range(10, 13)), now_us=0)
+    assert scheduler.waiting == 2, "all or none"
+    scheduler.submit(*(make_request(i, range(2)) for i in range(10, 12)), now_us=0)
+    scheduler.check()
 
 
 def test_what_can_never_run_is_rejected():
     scheduler = make_scheduler(blocks=4, block_size=4, max_model_len=20)
     with pytest.raises(PromptTooLong) as too_long:
-        scheduler.submit(make_request(1, range(20)), 0)
+        scheduler.submit(make_request(1, range(20)), now_us=0)
     assert too_long.value.metadata == {"prompt_tokens": "20", "limit": "19"}
     with pytest.raises(ExceedsKVCapacity) as too_large:
-        scheduler.submit(make_request(1, range(10), max_output_tokens=8), 0)
+        scheduler.submit(make_request(1, range(10), max_output_tokens=8), now_us=0)
     assert too_large.value.metadata == {"blocks_needed": "5", "blocks_total": "4"}
-    scheduler.submit(make_request(1, range(10), max_output_tokens=7), 0)  # the last token needs no KV
+    scheduler.submit(make_request(1, range(10), max_output_tokens=7), now_us=0)  # the last token needs no KV
     with pytest.raises(ValueError, match="live already"):
-        scheduler.submit(make_request(1), 0)
+        scheduler.submit(make_request(1), now_us=0)
 
 
 def test_a_cancel_frees_blocks_before_the_next_step():
     scheduler = make_scheduler()
-    scheduler.submit(make_request(1, range(5)), 0)
-    scheduler.submit(make_request(2, range(50)), 0)
+    scheduler.submit(make_request(1, range(5)), now_us=0)
+    scheduler.submit(make_request(2, range(50)), now_us=0)
     commit(scheduler, scheduler.plan(0))
     scheduler.cancel(2)
     scheduler.cancel(99)
@@ -172,7 +186,7 @@ def test_a_cancel_frees_blocks_before_the_next_step():
 def test_every_running_sequence_can_decode_in_every_step():
     scheduler = make_scheduler(max_num_seqs=8, max_num_batched_tokens=3)
     for sequence_id in range(5):
-        scheduler.submit(make_request(sequence_id, [1]), 0)
+        scheduler.submit(make_request(sequence_id, [1]), now_us=0)
     commit(scheduler, scheduler.plan(0))
     assert (scheduler.running, scheduler.waiting) == (3, 2)
     assert len(scheduler.plan(0).rows) == 3
@@ -180,7 +194,7 @@ def test_every_running_sequence_can_decode_in_every_step():
 
 def test_queue_time_ends_with_the_first_row():
     scheduler = make_scheduler(max_num_seqs=1)
-    scheduler.submit(make_request(1, [1], max_output_tokens=1), 100)
-    scheduler.submit(make_request(2, [1], max_output_tokens=1), 100)
+    scheduler.submit(make_request(1, [1], max_output_tokens=1), now_us=100)
+    scheduler.submit(make_request(2, [1], max_output_tokens=1), now_us=100)
     assert commit(scheduler, scheduler.plan(150))[1][0].queue_us == 50
     assert commit(scheduler, scheduler.plan(170))[1][0].queue_us == 70
