@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from millrace.server.config import COMPONENTS, DAY, load_settings
 from millrace.server.errors import MillraceError
 from millrace.server.flags import with_settings
 
@@ -39,7 +40,7 @@ LOCAL = "127.0.0.1:50051"
 
 
 @app.command()
-@with_settings
+@with_settings(*COMPONENTS)
 def serve(config: Config = None, **flags: Any) -> None:
     """Serve a model over gRPC until SIGTERM.
 
@@ -50,30 +51,46 @@ def serve(config: Config = None, **flags: Any) -> None:
     from rich.console import Console
 
     from millrace.server.app import run
-    from millrace.server.config import load_settings
 
     raise typer.Exit(run(load_settings(flags, config), Console()))
 
 
 @app.command()
-@with_settings
+@with_settings(*COMPONENTS)
 def doctor(config: Config = None, **flags: Any) -> None:
     """Check whether `millrace serve` would work here, with the same settings, and print what they come to."""
     _quiet_grpc()
     from rich.console import Console
 
-    from millrace.server.config import load_settings
     from millrace.server.doctor import examine
 
     raise typer.Exit(examine(load_settings(flags, config), Console()))
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
-def worker(context: typer.Context) -> None:
-    """Run an engine that gateways on other hosts connect to."""
+@app.command()
+@with_settings("engine")
+def worker(
+    listen: Annotated[str, typer.Option("--listen", help="unix:PATH, or HOST:PORT with mutual TLS")],
+    tls_cert: Annotated[Path | None, typer.Option("--tls-cert", help="certificate chain of this worker (PEM)")] = None,
+    tls_key: Annotated[Path | None, typer.Option("--tls-key", help="its key (PEM)")] = None,
+    tls_ca: Annotated[Path | None, typer.Option("--tls-ca", help="CA of the gateways that may connect (PEM)")] = None,
+    grace: Annotated[
+        float, typer.Option("--grace", min=0, max=DAY, help="seconds that live requests get after SIGTERM")
+    ] = 10,
+    config: Config = None,
+    **flags: Any,
+) -> None:
+    """Run an engine that gateways elsewhere connect to, with their --worker.
+
+    What happens goes to standard output, one JSON object a line.
+    """
+    _quiet_grpc()
     from millrace.server.worker.main import main as run_worker
 
-    run_worker(context.args)
+    engine = load_settings(flags, config).engine
+    files = {"cert": tls_cert, "key": tls_key, "ca": tls_ca}
+    given = [f"--tls-{name}={path}" for name, path in files.items() if path]
+    run_worker([f"--listen={listen}", f"--engine-config={engine.model_dump_json()}", f"--grace={grace}", *given])
 
 
 @app.command()
@@ -129,20 +146,27 @@ def chat(
 
 @app.command()
 def models(address: Address = LOCAL, api_key: ApiKey = None, ca: CA = None) -> None:
-    """List what a server can be asked for."""
+    """List what a server can be asked for.
+
+    Name, state, tokens of context, architecture and backend: a table on a terminal, else separated by tabs.
+    """
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from millrace.server.client import TLS, Client, state_name
 
     with Client(address, api_key=api_key, tls=TLS(ca) if ca else None) as client:
         found = client.models()
-    table = Table("name", "aliases", "state", "architecture", "parameters", "context", "can", "runs on")
-    for m in found:
-        size, context = f"{m.parameters:,}", f"{m.limits.max_context_tokens:,}"
-        can = ", ".join(m.capabilities)
-        table.add_row(m.name, ", ".join(m.aliases), state_name(m), m.architecture, size, context, can, m.backend)
-    Console().print(table)
+    rows = [(m.name, state_name(m), str(m.limits.max_context_tokens), m.architecture, m.backend) for m in found]
+    if not sys.stdout.isatty():
+        for row in rows:
+            print(*row, sep="\t")
+        return
+    names = ("name", "state", "context", "architecture", "backend")
+    table = Table(*(Column(name, overflow="fold") for name in names), box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    Console(highlight=False).print(table)
 
 
 @keys.command()

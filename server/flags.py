@@ -12,18 +12,22 @@ from pydantic.fields import FieldInfo
 from millrace.server.config import COMPONENTS, flag
 
 
-def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+def with_settings(*components: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Replace the `**flags` of a command by an option for each setting; one that is not given is None."""
-    kept = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
-    options = [
-        _option(component, name, field)
-        for component, cls in COMPONENTS.items()
-        for name, field in cls.model_fields.items()
-    ]
-    parameters = [*kept, *options]
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # inspect reads it
-    command.__annotations__ = {p.name: p.annotation for p in parameters}
-    return command
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        kept = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        options = [
+            _option(component, name, field)
+            for component in components
+            for name, field in COMPONENTS[component].model_fields.items()
+        ]
+        parameters = [*kept, *options]
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # inspect reads it
+        command.__annotations__ = {p.name: p.annotation for p in parameters}
+        return command
+
+    return decorate
 
 
 def _option(component: str, name: str, field: FieldInfo) -> inspect.Parameter:

@@ -1,5 +1,6 @@
 """The command line from outside: exit statuses, one-line errors, a flag for each setting."""
 
+import argparse
 import io
 import os
 import shutil
@@ -18,11 +19,13 @@ from typer.testing import CliRunner
 
 from millrace.server import cli, doctor
 from millrace.server.chat import converse
-from millrace.server.client import Message, Role
+from millrace.server.client import Client, Message, Role
 from millrace.server.config import BUILTIN, COMPONENTS, OWNER, EngineConfig, Settings, load_settings
 from millrace.server.demo import server
 from millrace.server.errors import MillraceError, Overloaded
 from millrace.server.gateway.auth import KeyStore
+from millrace.server.worker import main
+from millrace.v1 import model_pb2
 
 
 def millrace(*words: str | bytes, stdin: str = "", **environment: str) -> "subprocess.CompletedProcess[str]":
@@ -49,6 +52,8 @@ def test_version() -> None:
         ["generate", "x", "--seed", "-1"],
         ["generate", "x", "--top-k", "-1"],
         ["generate", "x", "--max-tokens", "99999999999"],
+        ["worker", "--listen", "unix:/s", "--grace", "inf"],
+        ["worker", "--listen", "unix:/s", "--grace", "nan"],
         ["serve", "--prot", "1"],
         ["serve", "--port", "x"],
         ["brew"],
@@ -71,6 +76,8 @@ def test_wrong_usage(words: list[str]) -> None:
         (["generate", "hello", "--ca", "/nonexistent.pem"], "/nonexistent.pem"),
         (["chat", "--address", "127.0.0.1:1"], "millrace serve"),
         (["models", "--address", "127.0.0.1:1"], "127.0.0.1:1"),
+        (["worker", "--listen", "nowhere"], "unix:PATH"),
+        (["worker", "--listen", "unix:/s", "--block-size", "0"], "block_size"),
         (["keys", "new", "--tenant", "a b"], "'a b'"),
     ],
 )
@@ -138,6 +145,24 @@ def test_flags_arrive_as_settings(alone: bool, monkeypatch: pytest.MonkeyPatch) 
     result = CliRunner().invoke(cli.app, ["doctor", *words])
     assert result.exit_code == 7, result.output
     assert [s.model_dump() for s in seen] == [load_settings(wanted, environment={}).model_dump()]
+
+
+def test_worker_takes_the_settings_of_an_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[tuple[argparse.Namespace, EngineConfig]] = []
+
+    def run_worker(words: list[str]) -> None:
+        arguments = main.parse_arguments(words)
+        seen.append((arguments, main.read_engine_config(arguments.engine_config)))
+
+    monkeypatch.setattr(main, "main", run_worker)
+    file = tmp_path / "engine.toml"
+    file.write_text("max-num-seqs = 3")
+    words = ["--listen", "unix:/s", "--kv-cache-memory", "2GiB", "--config", str(file), "--tls-ca", "ca.pem"]
+    result = CliRunner().invoke(cli.app, ["worker", *words, "--grace", "2.5"])
+    assert result.exit_code == 0, result.output
+    [(arguments, engine)] = seen
+    assert engine == EngineConfig(kv_cache_memory=2 << 30, max_num_seqs=3)
+    assert (arguments.listen, arguments.grace, arguments.tls_ca) == ("unix:/s", 2.5, Path("ca.pem"))
 
 
 def test_keys(tmp_path: Path) -> None:
@@ -210,6 +235,33 @@ def test_doctor_wants_no_weights_where_the_worker_has_them(tmp_path: Path) -> No
     shutil.copytree(BUILTIN, model, ignore=shutil.ignore_patterns("*.safetensors", "*.py", "__pycache__"))
     assert "safetensors" in verdict(model=str(model))[0]
     assert verdict(model=str(model), worker="unix:/socket") == []
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_models_are_shown_whole(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "a-name-of-thirty-four-characters-8"
+    limits = model_pb2.ModelLimits(max_context_tokens=131072)
+    model = model_pb2.Model(
+        name=name,
+        state=model_pb2.MODEL_STATE_READY,
+        architecture="Qwen3ForCausalLM",
+        backend="reference",
+        limits=limits,
+    )
+    monkeypatch.setattr(Client, "models", lambda client: [model, model])
+    monkeypatch.setattr(cli.sys, "stdout", out := io.StringIO())
+    monkeypatch.setattr(out, "isatty", lambda: terminal, raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("TERM", "dumb")
+    cli.models("unix:/nowhere")
+    row = [name, "ready", "131072", "Qwen3ForCausalLM", "reference"]
+    lines = out.getvalue().splitlines()
+    if terminal:
+        assert max(map(len, lines)) <= 80
+        assert [line.split() for line in lines] == [["name", "state", "context", "architecture", "backend"], row, row]
+    else:
+        assert lines == ["\t".join(row)] * 2
 
 
 def test_a_bad_byte_does_not_end_a_conversation() -> None:

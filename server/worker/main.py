@@ -26,7 +26,7 @@ from pydantic import ValidationError
 
 from millrace.engine.v1 import engine_pb2
 from millrace.engine.v1.engine_pb2_grpc import add_EngineServiceServicer_to_server
-from millrace.server.config import EngineConfig
+from millrace.server.config import DAY, EngineConfig
 from millrace.server.engine.engine import Engine
 from millrace.server.errors import ConfigError, StartupError
 from millrace.server.worker.engine_thread import EngineThread, StepEngine
@@ -137,6 +137,12 @@ def arm_watchdog(seconds: float) -> None:
     timer.start()
 
 
+def seconds(text: str) -> float:
+    if not 0 <= (value := float(text)) <= DAY:
+        raise argparse.ArgumentTypeError(f"must be from 0 to {DAY:g}, is {text}")
+    return value
+
+
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="millrace worker", description="Run an engine that gateways connect to.")
     parser.add_argument("--listen", required=True, help="unix:PATH, or HOST:PORT with mutual TLS")
@@ -144,7 +150,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--tls-cert", type=Path, help="certificate chain of this worker (PEM)")
     parser.add_argument("--tls-key", type=Path, help="its key (PEM)")
     parser.add_argument("--tls-ca", type=Path, help="CA of the gateways that may connect (PEM)")
-    parser.add_argument("--grace", type=float, default=10, help="seconds that live requests get after SIGTERM")
+    parser.add_argument("--grace", type=seconds, default=10, help="seconds that live requests get after SIGTERM")
     parser.add_argument("--parent-pid", type=int, help="end with this process, which must be the parent")
     return parser.parse_args(argv)
 
@@ -184,6 +190,8 @@ def main(argv: Sequence[str], load: Load = load_engine) -> NoReturn:
         code = uvloop.run(serve(config, arguments.listen, tls=tls, grace=arguments.grace, load=load))
     except StartupError as error:
         emit("failed", message=str(error))
+        if arguments.parent_pid is None:  # else the gateway says it
+            print(f"millrace: {error}", file=sys.stderr)
     except Exception as error:
         log.critical("the worker failed", exc_info=error)
         emit("failed", message=f"a bug in the worker: {type(error).__name__}, see the traceback above")

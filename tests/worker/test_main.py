@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -78,6 +79,11 @@ def test_a_start_that_cannot_be_is_one_line_and_status_1(arguments: list[str], m
         assert events[-1]["event"] == "failed"
         assert message in events[-1]["message"]
         assert "\n" not in events[-1]["message"]
+        assert process.end() == (1, f"millrace: {events[-1]['message']}\n")
+
+
+def test_a_gateway_says_itself_why_its_worker_does_not_start(tmp_path: Path) -> None:
+    with started("--listen", f"unix:{tmp_path}/s", "--parent-pid", str(os.getpid()), *model("broken")) as process:
         assert process.end() == (1, "")
 
 
