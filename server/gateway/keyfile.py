@@ -10,6 +10,8 @@ It holds no key, only SHA-256 of each:
     [tenants.search]                # optional
     weight = 2.0
     max_concurrent_requests = 64
+
+`weight` is checked and kept, and has no effect yet: requests are served in order of arrival, whoever sends them.
 """
 
 import re
@@ -24,7 +26,9 @@ TENANT = r"^[A-Za-z0-9._-]{1,64}$"
 
 
 class Tenant(BaseModel):
-    """`weight` is the share of the engine relative to other tenants; None: the server's own limit."""
+    """`weight`: share of the engine relative to other tenants, for a fair scheduler; serving in order of arrival,
+    the engine does not ask for it. `max_concurrent_requests` of None is the server's own limit.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

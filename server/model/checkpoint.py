@@ -5,7 +5,7 @@ shards are named by plain file names.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,7 +26,6 @@ class GenerationDefaults:
     """What `generation_config.json` recommends; its own defaults where there is no such file."""
 
     sampling: Sampling
-    bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
 
 
@@ -47,14 +46,17 @@ class Checkpoint:
         spec = model_spec(config)
         return cls(directory, config, spec, read_generation(directory, config), _find_shards(directory))
 
-    def fingerprint(self, executor: str, precision: str) -> str:
+    def fingerprint(self, executor: str, precision: str, build: Sequence[str]) -> str:
         """Name what is computed: workers of equal fingerprint give equal results.
 
+        `build`: what else decides the last bits, such as the instruction set and the versions of libraries.
+
         SHA-256 over `config.json`, each file's size, header and 256 evenly spaced samples of 4 KiB, the
-        executor, the precision and the version of this package. Samples, so that it takes no second pass
+        executor, the precision, `build` and the version of this package. Samples, so that it takes no second pass
         over the weights: it tells checkpoints apart, it does not defend against forgery.
         """
-        digest = hashlib.sha256(f"{executor}\0{precision}\0{_package_version()}\0".encode())
+        facts = [executor, precision, _package_version(), *build]
+        digest = hashlib.sha256("".join(f"{fact}\0" for fact in facts).encode())
         digest.update((self.directory / "config.json").read_bytes())
         files = {file.path.name: file for file in self.shards.values()}
         for _, file in sorted(files.items()):
@@ -97,15 +99,14 @@ def _find_file(directory: Path, name: str) -> Path:
 
 
 def read_generation(directory: Path, config: Fields) -> GenerationDefaults:
-    """Read `generation_config.json`; token ids that it lacks come from `config.json`.
+    """Read `generation_config.json`; end-of-sequence ids that it lacks come from `config.json`.
 
     `do_sample` of false means greedy; where it is missing the other values stand.
     """
     path = directory / "generation_config.json"
     given = read_object(path) if path.is_file() else Fields({}, str(path))
     last = config.integer("vocab_size", 1, 1 << 24) - 1
-    tokens = {name: given if name in given else config for name in ("bos_token_id", "eos_token_id")}
-    bos = tokens["bos_token_id"].integers("bos_token_id", 0, last)
+    source = given if "eos_token_id" in given else config
     greedy = not given.flag("do_sample", True)
     sampling = Sampling(
         temperature=0.0 if greedy else given.number("temperature", 0, 2, 1.0),
@@ -116,8 +117,7 @@ def read_generation(directory: Path, config: Fields) -> GenerationDefaults:
     )
     return GenerationDefaults(
         sampling=sampling,
-        bos_token_id=bos[0] if bos else None,
-        eos_token_ids=tuple(tokens["eos_token_id"].integers("eos_token_id", 0, last)),
+        eos_token_ids=tuple(source.integers("eos_token_id", 0, last)),
     )
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from millrace.kernels import _C
 from millrace.server.config import BUILTIN, EngineConfig
 from millrace.server.errors import CheckpointError
 from millrace.server.model.checkpoint import Checkpoint, checkpoint_digest
@@ -211,11 +212,11 @@ def test_tied_checkpoints_may_carry_what_they_do_not_need(checkpoint: Callable[[
 def test_fingerprint_follows_what_is_computed(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     directory = shutil.copytree(checkpoint("llama"), tmp_path / "model")
 
-    def fingerprint(executor: str = "reference", precision: str = "float32") -> str:
-        return Checkpoint.open(directory).fingerprint(executor, precision)
+    def fingerprint(executor: str = "reference", precision: str = "float32", build: tuple[str, ...] = ("avx2",)) -> str:
+        return Checkpoint.open(directory).fingerprint(executor, precision, build)
 
     edit_tensors()(directory)
-    seen = [fingerprint(), fingerprint("cpu"), fingerprint(precision="int8")]
+    seen = [fingerprint(), fingerprint("cpu"), fingerprint(precision="int8"), fingerprint(build=("scalar",))]
     assert fingerprint() == seen[0]
     edit_tensors(**{G: lambda tensor: tensor * 1.01})(directory)
     seen.append(fingerprint())
@@ -239,6 +240,23 @@ def test_digest_follows_what_a_gateway_and_its_worker_share(checkpoint: Callable
         checkpoint_digest(directory)
 
 
+def test_fingerprint_names_instruction_set_and_library(
+    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fingerprint() -> str:
+        config = EngineConfig(model=str(checkpoint("llama")))
+        return create_executor(config, lambda done, total: None).info.fingerprint
+
+    seen = [fingerprint()]
+    for target, name in ((_C, "isa"), (torch.backends.cpu, "get_cpu_capability")):
+        with monkeypatch.context() as patch:
+            patch.setattr(target, name, lambda: "another")
+            seen.append(fingerprint())
+    monkeypatch.setattr(torch, "__version__", "0.1")
+    seen.append(fingerprint())
+    assert len(set(seen)) == len(seen)
+
+
 def test_generation_defaults(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     directory = shutil.copytree(checkpoint("llama"), tmp_path / "model")
     path = directory / "generation_config.json"
@@ -251,7 +269,7 @@ def test_generation_defaults(checkpoint: Callable[[str], Path], tmp_path: Path) 
     sampling = full.sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.6, 0.9, 20)
     assert (sampling.min_p, sampling.repetition_penalty) == (0.05, 1.1)
-    assert (full.bos_token_id, full.eos_token_ids) == (0, (7, 9))
+    assert full.eos_token_ids == (7, 9)
     assert read(do_sample=False, temperature=0.6).sampling.temperature == 0
     assert read().sampling.temperature == 1
     path.unlink()

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from millrace.kernels import _C
 from millrace.server.config import EngineConfig
 from millrace.server.errors import MissingDependency
 from millrace.server.model.checkpoint import Checkpoint, checkpoint_digest
@@ -41,8 +42,9 @@ def create_executor(config: EngineConfig, progress: Callable[[int, int], None]) 
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     executor = ReferenceExecutor(checkpoint.spec, stream_weights(weights, progress), plan.layout)
+    build = (f"kernels {_C.isa()}", f"torch {torch.__version__} {torch.backends.cpu.get_cpu_capability()}")
     info = BackendInfo(
-        fingerprint=checkpoint.fingerprint(plan.executor, plan.dtype),
+        fingerprint=checkpoint.fingerprint(plan.executor, plan.dtype, build),
         executor=plan.executor,
         architecture=checkpoint.spec.architecture,
         parameters=checkpoint.spec.parameters,
