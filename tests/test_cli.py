@@ -74,6 +74,8 @@ def test_wrong_usage(words: list[str]) -> None:
         (["doctor", "--dtype", "float32", "--max-num-seqs", "0"], "max_num_seqs"),
         (["generate", "hello", "--address", "unix:/nonexistent"], "millrace serve"),
         (["generate", "hello", "--ca", "/nonexistent.pem"], "/nonexistent.pem"),
+        (["models", "--address", ""], "HOST:PORT"),
+        (["models", "--api-key", "mk-1\n"], "API key"),
         (["chat", "--address", "127.0.0.1:1"], "millrace serve"),
         (["models", "--address", "127.0.0.1:1"], "127.0.0.1:1"),
         (["worker", "--listen", "nowhere"], "unix:PATH"),

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from millrace.server.client import Client, Message, Role
+from millrace.server.client import AsyncClient, Client, Message, Role
 from millrace.server.client.requests import generate_request
-from millrace.server.errors import InvalidRequest
+from millrace.server.errors import ConfigError, InvalidRequest
 
 LONE = "\udcff"  # what a byte that is no UTF-8 becomes in an argument
 
@@ -52,3 +52,17 @@ def test_other_requests_too() -> None:
 def test_one_string_is_no_list_of_strings() -> None:
     with pytest.raises(TypeError, match="stop_strings"):
         generate_request("hello", "small", {"stop_strings": "abc"})
+
+
+@pytest.mark.parametrize("address", ["", "grpc://", "grpcs://", "here\n:1", LONE])
+@pytest.mark.parametrize("cls", [Client, AsyncClient])
+def test_an_address_that_is_none(cls: type[Client | AsyncClient], address: str) -> None:
+    with pytest.raises(ConfigError, match="address"):
+        cls(address)
+
+
+@pytest.mark.parametrize("key", ["mk-1\n", "mk-\u00e9", LONE, "a\0b"])
+def test_a_key_that_no_header_can_carry(key: str) -> None:
+    with pytest.raises(ConfigError, match="API key") as caught:
+        Client("127.0.0.1:1", api_key=key)
+    assert key not in str(caught.value)

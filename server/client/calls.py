@@ -10,7 +10,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from millrace.server.client.connection import TLS, Connection
 from millrace.server.client.failures import request_error
 from millrace.server.client.requests import chat_prompt, field
-from millrace.server.errors import ModelNotFound, RequestError
+from millrace.server.errors import ConfigError, ModelNotFound, RequestError
 from millrace.server.types import Message
 from millrace.v1 import generation_pb2 as pb
 from millrace.v1 import (
@@ -35,7 +35,9 @@ class Calls:
         tls: TLS | None = None,
         timeout: float | None = None,
     ):
+        """Raises ConfigError for an address, key or TLS file that no connection can be made with."""
         self.connection = Connection(address, api_key, tls)
+        check(self.connection)
         self.model = model
         self.timeout = timeout
 
@@ -51,6 +53,17 @@ class Calls:
 
     def _error(self, failure: grpc.RpcError) -> RequestError:
         return request_error(failure, self.connection.target)
+
+
+def check(connection: Connection) -> None:
+    """gRPC says of these what nobody understands, or says it in its own log."""
+    if not (connection.target and connection.target.isprintable()):
+        raise ConfigError(
+            f"the address {connection.address!r} is none: write HOST:PORT, grpcs://HOST:PORT or unix:PATH"
+        )
+    key = connection.api_key or ""
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError("the API key holds a line end or other characters that no key has: copy it again")
 
 
 def first_model(models: Sequence[model_pb2.Model]) -> str:
