@@ -51,7 +51,7 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer, pieces: Pieces, special: SpecialTokens, conceal: Conceal):
         self._backend, self.pieces, self.special, self._conceal = backend, pieces, special, conceal
         self.special_ids = frozenset(special.ids.values())
-        self.bos_id, self.eos_id, self.pad_id = (special.id(f"{role}_token") for role in ("bos", "eos", "pad"))
+        self.bos_id, self.eos_id = special.id("bos_token"), special.id("eos_token")
         self.vocab_size = 0
         self.sha256 = ""
         self._prefix: list[int] = []
@@ -205,8 +205,8 @@ def _special_tokens(file: Mapping[str, Any], config: Mapping[str, Any], vocabula
     return SpecialTokens(ids, {role: text for role, text in named.items() if text in ids})
 
 
-def _values(listed: object) -> list[Any]:
-    return list(listed.values()) if isinstance(listed, dict) else list(listed or ())  # type: ignore[call-overload]
+def _values(listed: Any) -> list[Any]:
+    return list(listed.values()) if isinstance(listed, dict) else list(listed or ())
 
 
 def _text(token: object) -> str | None:

@@ -12,10 +12,6 @@ def test_the_identity_holds_after_every_operation():
         for _ in range(100):
             if r.random() < 0.5 and pool.free:
                 holders.append(pool.allocate(r.randint(0, pool.free)))
-            elif holders and r.random() < 0.3:
-                shared = list(r.choice(holders))
-                pool.share(shared)
-                holders.append(shared)
             elif holders:
                 pool.release(holders.pop(r.randrange(len(holders))))
             pool.check(holders)
@@ -32,8 +28,6 @@ def test_misuse_changes_nothing():
         pool.allocate(2)
     with pytest.raises(ValueError, match="released twice"):
         pool.release([2])
-    with pytest.raises(ValueError, match="cannot be shared"):
-        pool.share([2])
     pool.check([held])
     with pytest.raises(ValueError, match="a pool needs blocks"):
         BlockPool(0, block_size=4)
