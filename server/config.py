@@ -159,7 +159,9 @@ def load_settings(
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0]) if first["loc"] else "settings"
-        raise ConfigError(f"{origin.get(name, 'settings')}: {name}: {first['msg']}, got {first['input']!r}") from None
+        raise ConfigError(
+            f"{origin.get(name, 'settings')}: {name}: {first['msg'].removeprefix('Value error, ')}, got {first['input']!r}"
+        ) from None
     _check_worker_settings(settings, origin)
     return settings
 
