@@ -9,6 +9,7 @@ import pytest
 
 from millrace.v1 import generation_pb2 as pb
 
+FREED_WITHIN = 10  # steps: those that pass while the notice of a cancel travels, and the one that frees
 WORDS = ["server", "keeps", "cache", "page", "so", "that", "request", "for", "the", "same", "can", "be", "answered"]
 
 
@@ -71,8 +72,11 @@ def test_client_gone_frees_blocks(builtin, make_request) -> None:
             break
     assert builtin.metric("millrace_num_requests_running") >= 1
     call.cancel()
-    settle(lambda: builtin.metric("millrace_num_requests_running") == 0)
+    steps = builtin.metric("millrace_engine_steps_total")
     settle(lambda: builtin.metric("millrace_kv_cache_usage_perc") == 0)
+    assert builtin.metric("millrace_num_requests_running") == 0
+    # A request that ran on would take hundreds of steps, to the end of the context.
+    assert builtin.metric("millrace_engine_steps_total") - steps <= FREED_WITHIN
 
 
 def settle(condition: Callable[[], bool], timeout: float = 10) -> None:
