@@ -162,7 +162,7 @@ def export(model: Decoder, tokenizer: Tokenizer, output: Path) -> None:
         "model_max_length": c.max_position_embeddings,
         "chat_template": "{{ bos_token }}" + CHAT_TEMPLATE,
     }
-    generation = {"bos_token_id": end, "eos_token_id": end, "temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.1}
+    generation = {"bos_token_id": end, "eos_token_id": end, "temperature": 0.5, "top_p": 0.9, "repetition_penalty": 1.1}
     for name, value in (
         ("config.json", config),
         ("tokenizer_config.json", tokenizer_config),
