@@ -32,7 +32,9 @@ class Component(BaseModel):
 class EngineConfig(Component):
     """What a worker runs."""
 
-    model: str = Field("builtin", min_length=1, description="checkpoint directory, or 'builtin'")
+    model: str = Field(
+        "builtin", min_length=1, description="checkpoint directory, repository of the Hugging Face hub, or 'builtin'"
+    )
     executor: Literal["auto", "reference"] = Field("auto", description="what runs the model")
     dtype: Literal["auto", "float32"] = Field("auto", description="precision of weights and arithmetic")
     max_model_len: int | None = Field(
@@ -159,9 +161,8 @@ def load_settings(
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0]) if first["loc"] else "settings"
-        raise ConfigError(
-            f"{origin.get(name, 'settings')}: {name}: {first['msg'].removeprefix('Value error, ')}, got {first['input']!r}"
-        ) from None
+        fault = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{origin.get(name, 'settings')}: {name}: {fault}, got {first['input']!r}") from None
     _check_worker_settings(settings, origin)
     return settings
 

@@ -32,7 +32,7 @@ def millrace(*words: str | bytes, stdin: str = "", **environment: str) -> "subpr
     return subprocess.run(
         [sys.executable, "-m", "millrace.server.cli", *words],
         input=stdin,
-        env=os.environ | environment,
+        env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"} | environment,  # as most people's locales have it
         capture_output=True,
         encoding="utf-8",
         errors="surrogateescape",

@@ -22,8 +22,8 @@ TCP = {"worker": "127.0.0.1:5"}
         ({"model": ""}, "model"),
         ({"host": ""}, "host"),
         ({"metrics_host": ""}, "metrics_host"),
-        ({"served_model_name: must have 1 to 256 bytes"),
-        ({"served_model_name: must have 1 to 256 bytes"),
+        ({"served_model_name": ""}, "served_model_name: must have 1 to 256 bytes"),
+        ({"served_model_name": "é" * 129}, "served_model_name: must have 1 to 256 bytes"),
     ],
 )
 def test_settings_that_mean_nothing(flags: dict[str, Any], named: str) -> None:
