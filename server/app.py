@@ -25,6 +25,7 @@ from millrace.server.gateway.gateway import Gateway
 from millrace.server.gateway.limits import Limits
 from millrace.server.gateway.routing import ModelCard, Routes
 from millrace.server.model.checkpoint import Checkpoint, checkpoint_digest, read_config, read_generation
+from millrace.server.model.hub import locate
 from millrace.server.model.registry import model_spec
 from millrace.server.telemetry.logs import configure_logs, get_logger
 from millrace.server.telemetry.metrics import Metrics, MetricsServer
@@ -42,10 +43,18 @@ def run(settings: Settings, console: Console) -> int:
     configure_logs(settings.server.log_format, settings.server.log_level)
     raise_file_limit()
     try:
-        return uvloop.run(serve(settings, console))
+        return uvloop.run(serve(with_model(settings), console))
     except StartupError as error:
         print(f"millrace: {error}", file=sys.stderr)
         return 1
+
+
+def with_model(settings: Settings) -> Settings:
+    """The settings with the model's directory; a repository keeps its name. Raises CheckpointError."""
+    engine = locate(settings.engine)
+    name = settings.server.served_model_name or (settings.engine.model if engine is not settings.engine else None)
+    server = settings.server.model_copy(update={"served_model_name": name})
+    return settings.model_copy(update={"engine": engine, "server": server})
 
 
 async def serve(settings: Settings, console: Console) -> int:

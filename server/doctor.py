@@ -25,6 +25,7 @@ from millrace.server.errors import ConfigError, MissingDependency, StartupError
 from millrace.server.gateway.auth import KeyStore
 from millrace.server.model.checkpoint import Checkpoint
 from millrace.server.model.executors.plan import make_plan
+from millrace.server.model.hub import locate
 from millrace.server.model.memory import available_memory
 from millrace.server.model.weights import find_weights
 from millrace.server.telemetry.metrics import Metrics
@@ -156,7 +157,7 @@ def _model(settings: Settings) -> str:
     if settings.supervisor.worker:
         return f"{card.name}, context of {context} tokens; the worker has the weights"
     config = settings.engine
-    checkpoint = Checkpoint.open(config.checkpoint)
+    checkpoint = Checkpoint.open(locate(config).checkpoint)
     find_weights(checkpoint)
     plan = make_plan(config, checkpoint.spec)
     layout = plan.layout

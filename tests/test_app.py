@@ -14,7 +14,7 @@ import pytest
 from fakes import FakeBackend
 from rich.console import Console
 
-from millrace.server.app import announce, follow_worker, read_model, tenant_limits
+from millrace.server.app import announce, follow_worker, read_model, tenant_limits, with_model
 from millrace.server.config import BUILTIN, EngineConfig, ServerConfig, Settings, SupervisorConfig
 from millrace.server.errors import CheckpointError, QuotaExceeded
 from millrace.server.gateway.auth import KeyStore, new_key
@@ -145,3 +145,12 @@ asyncio.run(main())
     done = subprocess.run([sys.executable, "-c", program], env=environment, timeout=60, check=False)
     assert done.returncode == {"second signal": 128 + signal.SIGINT, "watchdog": 1}[forced]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_repository_keeps_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("millrace.server.model.hub.download", lambda repository: BUILTIN)
+    named = with_model(Settings(engine=EngineConfig(model="acme/tiny")))
+    assert (named.engine.checkpoint, named.server.served_model_name) == (BUILTIN, "acme/tiny")
+    chosen = ServerConfig(served_model_name="mine")
+    assert with_model(Settings(engine=EngineConfig(model="acme/tiny"), server=chosen)).server == chosen
+    assert with_model(Settings()) == Settings()

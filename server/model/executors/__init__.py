@@ -10,6 +10,7 @@ from millrace.server.errors import MissingDependency
 from millrace.server.model.checkpoint import Checkpoint, checkpoint_digest
 from millrace.server.model.executors.base import Executor
 from millrace.server.model.executors.plan import make_plan
+from millrace.server.model.hub import locate
 from millrace.server.model.spec import ModelSpec
 from millrace.server.model.weights import find_weights, stream_weights
 from millrace.server.types import BackendInfo
@@ -28,6 +29,7 @@ def create_executor(config: EngineConfig, progress: Callable[[int, int], None]) 
     Raises StartupErrors: CheckpointError, ConfigError, NotEnoughMemory (before anything is allocated),
     MissingDependency where PyTorch is not installed.
     """
+    config = locate(config)
     checkpoint = Checkpoint.open(config.checkpoint)
     weights = find_weights(checkpoint)
     plan = make_plan(config, checkpoint.spec)
