@@ -86,8 +86,9 @@ class MergedStream:
     def lose(self, why: str) -> None:
         """The backend is gone. Undelivered tokens of a request that delivered none are dropped: it can be retried."""
         if self._delivered:
-            metadata = {"tokens_delivered": str(self._delivered)}
-            self.fail(EngineLost(f"{why}, after {self._delivered} tokens", metadata=metadata))
+            # What waits in the mailbox is taken before the error is met.
+            tokens = self._delivered + sum(len(delta.token_ids) for delta in self._news.values())
+            self.fail(EngineLost(f"{why}, after {tokens} tokens", metadata={"tokens_delivered": str(tokens)}))
         elif self._open:
             self._news = {}
             self.fail(EngineRestarting(f"{why}, before the first token"))

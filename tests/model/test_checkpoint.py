@@ -180,7 +180,8 @@ def test_linked_files_are_read(checkpoint: Callable[[str], Path], tmp_path: Path
         (tmp_path / path.name).symlink_to(path)
     load(tmp_path)
     linked, plain = (Checkpoint.open(path) for path in (tmp_path, checkpoint("llama-sharded")))
-    assert linked.fingerprint("reference", "float32") == plain.fingerprint("reference", "float32")
+    build = ("avx2",)
+    assert linked.fingerprint("reference", "float32", build) == plain.fingerprint("reference", "float32", build)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
