@@ -8,6 +8,7 @@ from millrace.server.errors import EngineLost, EngineRestarting
 
 async def test_a_lost_stream_counts_what_waits_to_be_taken() -> None:
     stream = MergedStream(1, lambda choices: None)
+    stream.admit()
     stream.push(0, 5)
     assert [delta.token_ids for delta in await anext(stream)] == [[5]]
     stream.push(0, 6)
