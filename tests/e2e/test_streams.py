@@ -64,6 +64,25 @@ def test_64_streams_equal_their_solo_runs(builtin, make_request) -> None:
         assert best[2 * first] - best[2 * first + 1] <= 1e-4, "greedy differs only at a tie"
 
 
+def test_a_stop_string_costs_at_most_two_surplus_tokens(builtin, make_request) -> None:
+    """Tokens computed past the match, counted in engine steps: a lone request makes one token in each.
+
+    The median: on a busy machine a cancel may be late.
+    """
+    surplus = []
+    for seed in range(12):
+        stopping = pb.StoppingCriteria(max_output_tokens=200, stop_strings=[" the", "."], include_stop=True)
+        sampling = pb.SamplingParams(seed=seed, temperature=1)
+        settle(lambda: builtin.metric("millrace_num_requests_running") == 0)
+        before = builtin.metric("millrace_engine_steps_total")
+        reply = builtin.generation.Generate(make_request("The server", stopping=stopping, sampling=sampling))
+        assert reply.choices[0].finish.reason == pb.FINISH_REASON_STOP_SEQUENCE
+        settle(lambda: builtin.metric("millrace_num_requests_running") == 0)
+        steps = builtin.metric("millrace_engine_steps_total") - before
+        surplus.append(steps - 1 - reply.usage.output_tokens)  # the last step only frees the blocks
+    assert sorted(surplus)[len(surplus) // 2] <= 2
+
+
 def test_client_gone_frees_blocks(builtin, make_request) -> None:
     request = make_request("Once upon a time", stopping=pb.StoppingCriteria(ignore_eos=True))
     call = builtin.generation.StreamGenerate(request)
