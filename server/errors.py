@@ -5,9 +5,18 @@
     │   ├── InvalidRequest           FIELD_INVALID: a field is missing, malformed or out of range
     │   │   ├── PromptTooLong        PROMPT_TOO_LONG
     │   │   ├── FeatureUnsupported   FEATURE_UNSUPPORTED: this model or backend cannot do it
-    │   │   └── ExceedsKVCapacity    EXCEEDS_KV_CAPACITY: needs more KV blocks than exist
+    │   │   ├── ExceedsKVCapacity    EXCEEDS_KV_CAPACITY: needs more KV blocks than exist
+    │   │   ├── InvalidVector        INVALID_VECTOR: wrong dimension, not finite, or all zeros
+    │   │   └── UnusableDocument     UNUSABLE_DOCUMENT: nothing of it was stored
+    │   │       ├── EmptyDocument          EMPTY_DOCUMENT: no text in it
+    │   │       ├── DocumentTooLarge       DOCUMENT_TOO_LARGE: bytes, pages or text beyond the limit
+    │   │       ├── UnknownDocumentType    UNKNOWN_DOCUMENT_TYPE: binary, or no type that is read here
+    │   │       ├── EncryptedDocument      ENCRYPTED_DOCUMENT: it needs a password
+    │   │       └── DamagedDocument        DAMAGED_DOCUMENT: unreadable, or not within limits of time and memory
     │   ├── NotFound                 NOT_FOUND
-    │   │   └── ModelNotFound        MODEL_NOT_FOUND
+    │   │   ├── ModelNotFound        MODEL_NOT_FOUND
+    │   │   ├── CollectionNotFound   COLLECTION_NOT_FOUND
+    │   │   └── DocumentNotFound     DOCUMENT_NOT_FOUND
     │   ├── RequestIdInUse           REQUEST_ID_IN_USE: a live request of the tenant has this id
     │   ├── Unauthenticated          UNAUTHENTICATED: no key, or not a valid one
     │   ├── PermissionDenied         PERMISSION_DENIED: a valid key that may not do this
@@ -24,6 +33,7 @@
     │   │   └── SlowReader           SLOW_READER: the client does not read
     │   ├── DeadlineExceeded         DEADLINE_EXCEEDED
     │   └── InternalError            INTERNAL: a bug; the caller sees an incident id, never the text
+    ├── IndexDamaged                 an index image cannot be trusted; it is rebuilt, nobody outside sees this
     └── StartupError                 the process cannot start: one line that says what to do, exit status 1
         ├── ConfigError              a flag, a file or a variable is wrong
         ├── CheckpointError          a model directory cannot be read
@@ -91,6 +101,34 @@ class ExceedsKVCapacity(InvalidRequest):
     reason = "EXCEEDS_KV_CAPACITY"
 
 
+class InvalidVector(InvalidRequest):
+    reason = "INVALID_VECTOR"
+
+
+class UnusableDocument(InvalidRequest):
+    reason = "UNUSABLE_DOCUMENT"
+
+
+class EmptyDocument(UnusableDocument):
+    reason = "EMPTY_DOCUMENT"
+
+
+class DocumentTooLarge(UnusableDocument):
+    reason = "DOCUMENT_TOO_LARGE"
+
+
+class UnknownDocumentType(UnusableDocument):
+    reason = "UNKNOWN_DOCUMENT_TYPE"
+
+
+class EncryptedDocument(UnusableDocument):
+    reason = "ENCRYPTED_DOCUMENT"
+
+
+class DamagedDocument(UnusableDocument):
+    reason = "DAMAGED_DOCUMENT"
+
+
 class NotFound(RequestError):
     reason = "NOT_FOUND"
 
@@ -101,6 +139,14 @@ class NotFound(RequestError):
 
 class ModelNotFound(NotFound):
     reason = "MODEL_NOT_FOUND"
+
+
+class CollectionNotFound(NotFound):
+    reason = "COLLECTION_NOT_FOUND"
+
+
+class DocumentNotFound(NotFound):
+    reason = "DOCUMENT_NOT_FOUND"
 
 
 class RequestIdInUse(RequestError):
@@ -169,6 +215,10 @@ class DeadlineExceeded(RequestError):
 
 class InternalError(RequestError):
     reason = "INTERNAL"
+
+
+class IndexDamaged(MillraceError):
+    pass
 
 
 class StartupError(MillraceError):

@@ -250,6 +250,20 @@ class BackendInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class EmbedderInfo:
+    """What turns texts into vectors. `max_tokens` counts the special tokens that the tokenizer adds.
+
+    `revision`: hex SHA-256 over weights, configuration, pooling and tokenizer; vectors of equal revisions compare.
+    """
+
+    name: str
+    revision: str
+    dimensions: int
+    max_tokens: int
+    vocab_size: int
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStats:
     """State of an engine after a step."""
 

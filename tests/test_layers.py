@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "errors": set(),
     "config": {"errors"},
     "kernels": set(),
-    "retrieval": set(),
+    "retrieval": WORDS,
     "telemetry": WORDS,
     "model": WORDS | {"kernels"},
     "engine": WORDS | {"model", "kernels"},
