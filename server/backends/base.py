@@ -1,9 +1,9 @@
 """The seam between the gateway and whatever generates tokens."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Protocol
 
-from millrace.server.types import BackendInfo, EngineStats, TokenDelta, TokenRequest
+from millrace.server.types import BackendInfo, EmbedderInfo, EmbedRequest, EngineStats, TokenDelta, TokenRequest
 
 
 class TokenStream(Protocol):
@@ -30,6 +30,12 @@ class Backend(Protocol):
 
     async def generate(self, request: TokenRequest) -> TokenStream:
         """Return once the request is admitted; raise a `RequestError` if it is rejected."""
+
+    async def embed(self, request: EmbedRequest) -> Sequence[bytes]:
+        """The vector of each text, little-endian float32; all or a `RequestError`. Cancelling frees what waits."""
+
+    def embedder(self) -> EmbedderInfo:
+        """Raise as `info` does, or `FeatureUnsupported` where nothing embeds."""
 
     def info(self) -> BackendInfo:
         """Raise `ModelLoading` (or `EngineRestarting`) while there is nothing to describe."""
