@@ -1,12 +1,16 @@
 """Stand-ins for the seams that tests share."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from itertools import islice
 
-from millrace.server.errors import RequestError
+import numpy as np
+
+from millrace.server.errors import FeatureUnsupported, PromptTooLong, RequestError
 from millrace.server.types import (
     BackendInfo,
+    EmbedderInfo,
+    EmbedRequest,
     EngineStats,
     Finish,
     FinishReason,
@@ -25,25 +29,39 @@ INFO = BackendInfo(
     kv_block_size=16,
     kv_total_blocks=64,
 )
+EMBEDDER = EmbedderInfo(name="fake-embedder", revision="fa4e" * 16, dimensions=128, max_tokens=256, vocab_size=30_522)
 
 Answer = Callable[[TokenRequest, int], Iterable[int]]
+
+
+def bag_vector(token_ids: Sequence[int], dimensions: int) -> bytes:
+    """A unit vector that is the nearer to another one the more tokens both texts have, in whatever order.
+
+    The first and the last token of a text do not count where there are others: they are special ones.
+    """
+    words = sorted(set(token_ids[1:-1] or token_ids))
+    vector = sum(np.random.default_rng(token).standard_normal(dimensions) for token in words)
+    return (vector / np.linalg.norm(vector)).astype("<f4").tobytes()
 
 
 class FakeBackend:
     """Answers choice `c` of a request with `answer(request, c)`, `tokens_per_step` tokens a step.
 
-    The log-probability of token t is -t. `fail_after` steps raise `error`, 0 of them at admission. While
-    `paused`, a step does not come.
+    The log-probability of token t is -t. `fail_after` steps raise `error`, 0 of them at admission. Texts become
+    `bag_vector`s, or `embed_error`. While `resumed` is clear, a step does not come. `embedding` None: it embeds nothing.
     """
 
     def __init__(self, answer: Answer, tokens_per_step: int = 1, info: BackendInfo = INFO):
         self.answer, self.tokens_per_step, self.described = answer, tokens_per_step, info
+        self.embedding: EmbedderInfo | None = EMBEDDER
         self.error: RequestError | None = None
+        self.embed_error: RequestError | None = None
         self.fail_after = 0
         self.resumed = asyncio.Event()
         self.resumed.set()
         self.ready = True
         self.requests: list[TokenRequest] = []
+        self.embed_requests: list[EmbedRequest] = []
         self.live: set[FakeStream] = set()
         self.callbacks: list[Callable[[bool], None]] = []
         self.closed = False
@@ -56,6 +74,25 @@ class FakeBackend:
         stream = FakeStream(self, request)
         self.live.add(stream)
         return stream
+
+    async def embed(self, request: EmbedRequest) -> list[bytes]:
+        info = self.embedder()
+        self.embed_requests.append(request)
+        await asyncio.sleep(0)
+        await self.resumed.wait()
+        if self.embed_error:
+            raise self.embed_error
+        for text in request.texts:
+            assert text, "a text has a token at least"
+            assert 0 <= min(text) <= max(text) < info.vocab_size
+            if len(text) > info.max_tokens:
+                raise PromptTooLong(f"the text has {len(text)} tokens, the model takes {info.max_tokens}")
+        return [bag_vector(text, info.dimensions) for text in request.texts]
+
+    def embedder(self) -> EmbedderInfo:
+        if self.embedding is None:
+            raise FeatureUnsupported("this backend embeds nothing")
+        return self.embedding
 
     def info(self) -> BackendInfo:
         return self.described
