@@ -174,6 +174,21 @@ class Upserted:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredDocument:
+    """A stored document and a piece of its text; `text_size` is bytes of all of it."""
+
+    id: str
+    source: str
+    title: str
+    media_type: MediaType
+    metadata: Metadata
+    chunks: int
+    text_size: int
+    text: str
+    byte_start: int
+
+
+@dataclass(frozen=True, slots=True)
 class CollectionInfo:
     name: str
     documents: int
