@@ -48,7 +48,7 @@ class FakeBackend:
     """Answers choice `c` of a request with `answer(request, c)`, `tokens_per_step` tokens a step.
 
     The log-probability of token t is -t. `fail_after` steps raise `error`, 0 of them at admission. Texts become
-    `bag_vector`s, or `embed_error`. While `resumed` is clear, a step does not come. `embedding` None: it embeds nothing.
+    `bag_vector`s, or `embed_error`; with `embedding` None it embeds nothing. While `resumed` is clear, no step comes.
     """
 
     def __init__(self, answer: Answer, tokens_per_step: int = 1, info: BackendInfo = INFO):
