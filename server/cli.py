@@ -2,6 +2,9 @@
 
 import os
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
 from io import TextIOWrapper
 from pathlib import Path
@@ -37,6 +40,11 @@ TopK = Annotated[int | None, typer.Option("--top-k", min=0, max=2**20, help="kee
 Seed = Annotated[int | None, typer.Option("--seed", min=0, max=2**64 - 1, help="the same seed draws the same answer")]
 Stop = Annotated[list[str] | None, typer.Option("--stop", help="end before this text; may be repeated")]
 LOCAL = "127.0.0.1:50051"
+
+
+class AnswerModeName(Enum):
+    EXTRACTIVE = "extractive"
+    GENERATIVE = "generative"
 
 
 @app.command()
@@ -144,29 +152,112 @@ def chat(
         converse(client, system, options)
 
 
+Collection = Annotated[str, typer.Option("--collection", "-c", help="name of the collection")]
+# Unlike elsewhere None: where no server listens by default, a command on documents starts one for itself.
+Where = Annotated[
+    str | None,
+    typer.Option(
+        "--address",
+        envvar="MILLRACE_ADDRESS",
+        help=f"HOST:PORT, grpcs://HOST:PORT or unix:PATH (default: {LOCAL}, or if nothing listens there a server "
+        "that runs as long as this command)",
+    ),
+]
+
+
+@app.command()
+def ingest(
+    paths: Annotated[list[Path], typer.Argument(help="files and folders: text, Markdown, HTML and PDF")],
+    collection: Collection,
+    address: Where = None,
+    api_key: ApiKey = None,
+    ca: CA = None,
+) -> None:
+    """Put documents into a collection, which comes into being with its first one.
+
+    The same files again cost little: what has not changed is not embedded again.
+    """
+    _quiet_grpc()
+    from rich.console import Console
+
+    from millrace.server.client import TLS, Client
+    from millrace.server.ingest import ingest as send
+
+    with _reach(address) as target, Client(target, api_key=api_key, tls=TLS(ca) if ca else None) as client:
+        status = send(client, collection, paths, Console())
+    raise typer.Exit(status)
+
+
+@app.command()
+def ask(
+    question: Annotated[str, typer.Argument(help="what you want to know; - reads it from stdin")],
+    collection: Collection,
+    address: Where = None,
+    api_key: ApiKey = None,
+    ca: CA = None,
+    model: Model = None,
+    mode: Annotated[
+        AnswerModeName | None,
+        typer.Option("--mode", help="extractive quotes the documents, generative lets the model write from them"),
+    ] = None,
+    top_k: Annotated[int | None, typer.Option("--top-k", min=1, max=50, help="chunks to answer from")] = None,
+    max_sentences: Annotated[
+        int | None, typer.Option("--max-sentences", min=1, max=20, help="of an extractive answer")
+    ] = None,
+    min_support: Annotated[
+        float | None, typer.Option("--min-support", min=0, max=1, help="support that an answer needs")
+    ] = None,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    seed: Seed = None,
+) -> None:
+    """Answer a question from a collection, with citations."""
+    _quiet_grpc()
+    from millrace.server.ask import ask as answer
+    from millrace.server.client import TLS, Client
+
+    text = sys.stdin.read() if question == "-" else question
+    retrieval = _given(
+        collection=collection,
+        answer_mode=mode.value if mode else None,
+        top_k=top_k,
+        max_sentences=max_sentences,
+        min_support=min_support,
+    )
+    options = _given(max_output_tokens=max_tokens, temperature=temperature, seed=seed)
+    with (
+        _reach(address) as target,
+        Client(target, api_key=api_key, model=model, tls=TLS(ca) if ca else None) as client,
+    ):
+        answer(client, text, retrieval, options)
+
+
+@app.command()
+def collections(address: Address = LOCAL, api_key: ApiKey = None, ca: CA = None) -> None:
+    """List your collections.
+
+    Name, documents, chunks, embedding model and kind of index: a table on a terminal, else separated by tabs.
+    """
+    from millrace.server.client import TLS, Client
+
+    with Client(address, api_key=api_key, tls=TLS(ca) if ca else None) as client:
+        found = client.collections()
+    rows = [(c.name, str(c.documents), str(c.chunks), c.embedding_model, c.index) for c in found]
+    _print_table(("name", "documents", "chunks", "embedding model", "index"), rows)
+
+
 @app.command()
 def models(address: Address = LOCAL, api_key: ApiKey = None, ca: CA = None) -> None:
     """List what a server can be asked for.
 
     Name, state, tokens of context, architecture and backend: a table on a terminal, else separated by tabs.
     """
-    from rich.console import Console
-    from rich.table import Column, Table
-
     from millrace.server.client import TLS, Client, state_name
 
     with Client(address, api_key=api_key, tls=TLS(ca) if ca else None) as client:
         found = client.models()
     rows = [(m.name, state_name(m), str(m.limits.max_context_tokens), m.architecture, m.backend) for m in found]
-    if not sys.stdout.isatty():
-        for row in rows:
-            print(*row, sep="\t")
-        return
-    names = ("name", "state", "context", "architecture", "backend")
-    table = Table(*(Column(name, overflow="fold") for name in names), box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*row)
-    Console(highlight=False).print(table)
+    _print_table(("name", "state", "context", "architecture", "backend"), rows)
 
 
 @keys.command()
@@ -180,6 +271,33 @@ def new(tenant: Annotated[str, typer.Option("--tenant", help="whose key it is: 1
     key, entry = new_key(tenant)
     print(f"The key, shown only now: {key}", file=sys.stderr)
     print(entry)
+
+
+def _print_table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    if not sys.stdout.isatty():
+        for row in rows:
+            print(*row, sep="\t")
+        return
+    table = Table(*(Column(name, overflow="fold") for name in names), box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    Console(highlight=False).print(table)
+
+
+@contextmanager
+def _reach(address: str | None) -> Iterator[str]:
+    """The address given, or the usual one, or that of a server that runs as long as the block."""
+    from millrace.server.local import listens, local_server
+
+    if address is not None or listens(LOCAL):
+        yield address or LOCAL
+        return
+    print(f"No server at {LOCAL}: starting one for this command (`millrace serve` keeps one running).", file=sys.stderr)
+    with local_server() as own:
+        yield own
 
 
 def _version(asked: bool) -> None:

@@ -6,16 +6,20 @@ Requests have passed `bounds.check`; only rules that span fields are checked her
 import sys
 from array import array
 from collections.abc import Sequence
+from dataclasses import fields
 
 from google.protobuf.json_format import MessageToDict
 
+from millrace.server.api import retrieval_convert
 from millrace.server.api.bounds import bounds_of
 from millrace.server.errors import InvalidRequest
 from millrace.server.gateway.collect import Collected
 from millrace.server.gateway.routing import ModelCard, ModelState
 from millrace.server.types import (
+    AnswerMode,
     ChatPrompt,
     ChoiceDelta,
+    Citation,
     Completed,
     Deltas,
     Finish,
@@ -25,9 +29,11 @@ from millrace.server.types import (
     Logprobs,
     Message,
     OutputOptions,
+    RetrievalOptions,
     Role,
     Sampling,
     SamplingParams,
+    Source,
     Started,
     StoppingCriteria,
     Timings,
@@ -42,6 +48,11 @@ ROLES = {
     pb.CHAT_ROLE_ASSISTANT: Role.ASSISTANT,
     pb.CHAT_ROLE_TOOL: Role.TOOL,
 }
+ANSWER_MODES = {
+    pb.ANSWER_MODE_GENERATIVE: AnswerMode.GENERATIVE,
+    pb.ANSWER_MODE_EXTRACTIVE: AnswerMode.EXTRACTIVE,
+}
+ANSWER_MODE_NUMBERS = {mode: number for number, mode in ANSWER_MODES.items()}
 FINISH_REASONS = {reason: f"FINISH_REASON_{reason.name}" for reason in FinishReason}
 MODEL_STATES = {state: f"MODEL_STATE_{state.name}" for state in ModelState}
 SAMPLING_SCALARS = (
@@ -68,6 +79,8 @@ def generate_request(message: pb.GenerateRequest) -> GenerateRequest:
         output=_output(message),
         request_id=message.request_id,
         labels=dict(message.labels),
+        retrieval=_retrieval(message.retrieval) if message.HasField("retrieval") else None,
+        mask_pii=message.guardrails.pii == pb.PII_ACTION_MASK,
     )
 
 
@@ -139,10 +152,29 @@ def _output(message: pb.GenerateRequest) -> OutputOptions:
     )
 
 
+def _retrieval(message: pb.RetrievalOptions) -> RetrievalOptions:
+    top_k = message.top_k if message.HasField("top_k") else retrieval_convert.DEFAULT_TOP_K
+    given = message.candidates if message.HasField("candidates") else None
+    return RetrievalOptions(
+        collection=message.collection,
+        query=message.query,
+        top_k=top_k,
+        candidates=retrieval_convert.candidates(given, top_k, "retrieval.candidates"),
+        filter=retrieval_convert.conditions(message.filter, "retrieval.filter"),
+        mode=retrieval_convert.MODES[message.mode],
+        max_context_tokens=message.max_context_tokens if message.HasField("max_context_tokens") else None,
+        answer_mode=ANSWER_MODES.get(message.answer_mode),
+        min_support=message.min_support if message.HasField("min_support") else None,
+        max_sentences=message.max_sentences if message.HasField("max_sentences") else None,
+    )
+
+
 def stream_response(sequence: int, event: GenerateEvent) -> pb.StreamGenerateResponse:
     match event:
         case Deltas():
             return pb.StreamGenerateResponse(sequence=sequence, deltas=_deltas(event))
+        case Citation():
+            return pb.StreamGenerateResponse(sequence=sequence, citation=_citation(event))
         case Started():
             return pb.StreamGenerateResponse(sequence=sequence, started=_started(event))
         case Completed():
@@ -171,6 +203,9 @@ def generate_response(answer: Collected, *, with_token_ids: bool) -> pb.Generate
         usage=_usage(completed.usage),
         timings=_timings(completed.timings),
         effective_sampling=sampling(started.sampling, started.n),
+        sources=map(_source, started.sources),
+        citations=map(_citation, answer.citations),
+        answer_mode=_answer_mode(started.answer_mode),
     )
 
 
@@ -183,7 +218,22 @@ def _started(event: Started) -> pb.Started:
         prompt=_prompt_info(event.prompt_ids),
         usage=_usage(event.usage),
         effective_max_output_tokens=event.max_output_tokens,
+        sources=map(_source, event.sources),
+        answer_mode=_answer_mode(event.answer_mode),
+        effective_max_context_tokens=event.max_context_tokens,
     )
+
+
+def _answer_mode(mode: AnswerMode | None) -> pb.AnswerMode:
+    return pb.ANSWER_MODE_UNSPECIFIED if mode is None else ANSWER_MODE_NUMBERS[mode]
+
+
+def _source(source: Source) -> pb.Source:
+    return pb.Source(number=source.number, chunk=retrieval_convert.retrieved_chunk(source.hit))
+
+
+def _citation(citation: Citation) -> pb.Citation:
+    return pb.Citation(**{field.name: getattr(citation, field.name) for field in fields(citation)})
 
 
 def sampling(values: Sampling, n: int | None = None) -> pb.SamplingParams:
@@ -243,6 +293,7 @@ def _usage(usage: Usage | None) -> pb.Usage | None:
         prompt_tokens=usage.prompt_tokens,
         cached_prompt_tokens=usage.cached_prompt_tokens,
         output_tokens=usage.output_tokens,
+        embedding_tokens=usage.embedding_tokens,
     )
 
 
@@ -269,6 +320,7 @@ def model(card: ModelCard, max_request_bytes: int) -> model_pb2.Model:
         capabilities=card.capabilities,
         state=MODEL_STATES[status.state],
         state_reason=status.reason,
+        answer_mode=ANSWER_MODE_NUMBERS[card.answer_mode],
     )
     if info := status.info:
         message.revision = info.fingerprint

@@ -65,7 +65,10 @@ class Stream:
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """`run` is `async (request, caller) -> response`, or `async (request, caller, stream) -> None` if it streams."""
+    """`run` is `async (request, caller) -> response`, or `async (request, caller, stream) -> None` if it streams.
+
+    Where the client streams, `request` is the asynchronous iterator of its messages.
+    """
 
     service: str
     name: str
@@ -202,15 +205,22 @@ class Endpoint:
 
     async def _run(self, caller: Caller, context: Context) -> None:
         stream = Stream(context, self._slow_reader_timeout)
-        request = await self._read(caller, context, BODY_TIMEOUT)
-        if request is None and not self._method.client_streams:
-            raise InvalidRequest("the call ended without a request message")
-        while request is not None:
-            if self._method.server_streams:
-                await self._method.run(request, caller, stream)
-            else:
-                await stream.write(await self._method.run(request, caller))
-            request = await self._read(caller, context) if self._method.client_streams else None
+        request = self._requests(caller, context)
+        if not self._method.client_streams:
+            request = await anext(request, None)
+            if request is None:
+                raise InvalidRequest("the call ended without a request message")
+        if self._method.server_streams:
+            await self._method.run(request, caller, stream)
+        else:
+            await stream.write(await self._method.run(request, caller))
+
+    async def _requests(self, caller: Caller, context: Context) -> AsyncIterator[Message]:
+        """The request messages; only the first one must come in time."""
+        seconds: float | None = BODY_TIMEOUT
+        while (request := await self._read(caller, context, seconds)) is not None:
+            seconds = None
+            yield request
 
     async def _read(self, caller: Caller, context: Context, seconds: float | None = None) -> Message | None:
         """The next request message, checked; None after the last. It must come within `seconds`."""

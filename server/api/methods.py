@@ -12,18 +12,27 @@ from grpc_reflection.v1alpha.reflection import aio as reflection
 from millrace.server.api.endpoint import Method, Policy, Stream
 from millrace.server.errors import StartupError
 from millrace.server.types import Caller
-from millrace.v1 import generation_pb2, model_pb2, tokenizer_pb2
+from millrace.v1 import embedding_pb2, generation_pb2, model_pb2, retrieval_pb2, tokenizer_pb2
 
 GENERATION = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"]
 TOKENIZER = tokenizer_pb2.DESCRIPTOR.services_by_name["TokenizerService"]
+RETRIEVAL = retrieval_pb2.DESCRIPTOR.services_by_name["RetrievalService"]
+EMBEDDING = embedding_pb2.DESCRIPTOR.services_by_name["EmbeddingService"]
 MODEL = model_pb2.DESCRIPTOR.services_by_name["ModelService"]
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"]
 REFLECTION = reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"]
-SERVICES = (GENERATION, TOKENIZER, MODEL, HEALTH, REFLECTION)
+SERVICES = (GENERATION, RETRIEVAL, EMBEDDING, TOKENIZER, MODEL, HEALTH, REFLECTION)
 
 POLICIES = {
     "/millrace.v1.GenerationService/Generate": Policy.TENANT,
     "/millrace.v1.GenerationService/StreamGenerate": Policy.TENANT,
+    "/millrace.v1.RetrievalService/UpsertDocuments": Policy.TENANT,
+    "/millrace.v1.RetrievalService/DeleteDocuments": Policy.TENANT,
+    "/millrace.v1.RetrievalService/GetDocument": Policy.TENANT,
+    "/millrace.v1.RetrievalService/ListCollections": Policy.TENANT,
+    "/millrace.v1.RetrievalService/DeleteCollection": Policy.TENANT,
+    "/millrace.v1.RetrievalService/Query": Policy.TENANT,
+    "/millrace.v1.EmbeddingService/Embed": Policy.TENANT,
     "/millrace.v1.TokenizerService/Tokenize": Policy.TENANT,
     "/millrace.v1.TokenizerService/Detokenize": Policy.TENANT,
     "/millrace.v1.TokenizerService/RenderChat": Policy.TENANT,
@@ -62,10 +71,7 @@ class ReflectionServicer:
         self._answers = reflection.ReflectionServicer([service.full_name for service in SERVICES])
 
     async def server_reflection_info(
-        self, request: reflection_pb2.ServerReflectionRequest, _: Caller, stream: Stream
+        self, requests: AsyncIterator[reflection_pb2.ServerReflectionRequest], _: Caller, stream: Stream
     ) -> None:
-        async def only() -> AsyncIterator[reflection_pb2.ServerReflectionRequest]:
-            yield request
-
-        async for response in self._answers.ServerReflectionInfo(only(), None):
+        async for response in self._answers.ServerReflectionInfo(requests, None):
             await stream.write(response)

@@ -5,10 +5,13 @@ import asyncio
 import grpc
 from prometheus_client import Counter
 
+from millrace.retrieval.library import Library
 from millrace.server.api import methods
+from millrace.server.api.embedding import EmbeddingServicer
 from millrace.server.api.endpoint import Authenticate, Endpoint, Strangers
 from millrace.server.api.health import HealthServicer
 from millrace.server.api.listen import check_exposure, credentials, target, why_not
+from millrace.server.api.retrieval import RetrievalServicer
 from millrace.server.api.servicers import GenerationServicer, ModelServicer, TokenizerServicer
 from millrace.server.config import ServerConfig
 from millrace.server.gateway.gateway import Gateway
@@ -53,7 +56,14 @@ def options(config: ServerConfig, request_bytes: int) -> list[tuple[str, int]]:
 class ApiServer:
     """Serves a gateway. NOT_SERVING until `set_ready(True)`. One per process, on the gateway's event loop."""
 
-    def __init__(self, gateway: Gateway, config: ServerConfig, authenticate: Authenticate, max_context: int):
+    def __init__(
+        self,
+        gateway: Gateway,
+        config: ServerConfig,
+        authenticate: Authenticate,
+        max_context: int,
+        library: Library | None = None,
+    ):
         """`max_context`: tokens of the largest context of any model, which sizes the largest request.
 
         Raises StartupError if an RPC has no policy.
@@ -70,6 +80,8 @@ class ApiServer:
         )
         servicers = {
             methods.GENERATION: GenerationServicer(gateway),
+            methods.RETRIEVAL: RetrievalServicer(library, gateway.limits),
+            methods.EMBEDDING: EmbeddingServicer(gateway),
             methods.TOKENIZER: TokenizerServicer(gateway),
             methods.MODEL: ModelServicer(gateway, self.max_request_bytes),
             methods.HEALTH: self.health,

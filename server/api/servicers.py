@@ -1,12 +1,11 @@
 """The services of `millrace.v1`: translate, call the gateway, translate back."""
 
-import base64
-import binascii
 from contextlib import aclosing
 
 from millrace.server.api import convert
 from millrace.server.api.endpoint import Stream
-from millrace.server.errors import Aborted, Drained, Draining, EngineLost, EngineRestarting, InvalidRequest
+from millrace.server.api.paging import page_name, page_token
+from millrace.server.errors import Aborted, Drained, Draining, EngineLost, EngineRestarting
 from millrace.server.gateway.collect import collect
 from millrace.server.gateway.gateway import Gateway
 from millrace.server.types import Caller, Started
@@ -93,15 +92,3 @@ class ModelServicer:
 
     async def get_model(self, message: model_pb2.GetModelRequest, _: Caller) -> model_pb2.Model:
         return convert.model(self._gateway.model(message.name), self._max_request_bytes)
-
-
-def page_token(name: str) -> str:
-    return base64.urlsafe_b64encode(name.encode()).decode()
-
-
-def page_name(token: str) -> str:
-    """Raises InvalidRequest."""
-    try:
-        return base64.b64decode(token, altchars=b"-_", validate=True).decode()
-    except (binascii.Error, ValueError):
-        raise InvalidRequest.at("page_token", "take next_page_token of the page before as it is") from None

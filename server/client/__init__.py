@@ -8,6 +8,7 @@ Requests are built from keyword arguments, answers are the messages of `millrace
 documented in `proto/`. Failures are the errors of `millrace.server.errors`, as the server raised them.
 """
 
+from millrace.retrieval.types import Document, MediaType
 from millrace.server.client.aio import AsyncClient
 from millrace.server.client.calls import new_text, state_name
 from millrace.server.client.connection import DEFAULT_ADDRESS, TLS
@@ -20,6 +21,8 @@ __all__ = [
     "TLS",
     "AsyncClient",
     "Client",
+    "Document",
+    "MediaType",
     "Message",
     "Options",
     "Prompt",

@@ -1,6 +1,7 @@
 """The client for asyncio."""
 
-from collections.abc import AsyncGenerator, Callable, Sequence
+from array import array
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from types import TracebackType
 from typing import Any, Self, Unpack
@@ -8,6 +9,7 @@ from typing import Any, Self, Unpack
 import grpc
 import grpc.aio
 
+from millrace.retrieval.types import Document
 from millrace.server.client.calls import (
     Calls,
     detokenize_request,
@@ -19,10 +21,11 @@ from millrace.server.client.calls import (
     tokenize_request,
 )
 from millrace.server.client.connection import CHANNEL_OPTIONS, DEFAULT_ADDRESS
+from millrace.server.client.documents import embed_request, query_request, upsert_requests, vectors
 from millrace.server.client.requests import Options, Prompt, generate_request
 from millrace.server.types import Message
 from millrace.v1 import generation_pb2 as pb
-from millrace.v1 import model_pb2
+from millrace.v1 import model_pb2, retrieval_pb2
 
 
 class AsyncClient(Calls):
@@ -82,6 +85,58 @@ class AsyncClient(Calls):
         """The text that the model's chat template makes of a conversation."""
         request = render_request(await self._name(model), messages)
         return str((await self._call(self._tokenizer.RenderChat, request)).text)
+
+    async def upsert(
+        self, collection: str, documents: Iterable[Document]
+    ) -> AsyncGenerator[retrieval_pb2.UpsertDocumentsResponse, None]:
+        """Send documents and iterate over what became of each, in the order in which they end."""
+
+        async def requests() -> AsyncGenerator[retrieval_pb2.UpsertDocumentsRequest, None]:
+            for request in upsert_requests(collection, documents):
+                yield request
+
+        call: Any = self._retrieval.UpsertDocuments(requests(), **self._call_options)
+        try:
+            async for result in call:
+                yield result
+        except grpc.RpcError as failure:
+            raise self._error(failure) from failure
+        finally:
+            call.cancel()
+
+    async def delete_documents(self, collection: str, ids: Sequence[str]) -> int:
+        """How many of them there were."""
+        request = retrieval_pb2.DeleteDocumentsRequest(collection=collection, ids=ids)
+        return int((await self._call(self._retrieval.DeleteDocuments, request)).deleted)
+
+    async def get_document(
+        self, collection: str, document_id: str, byte_start: int | None = None, byte_end: int | None = None
+    ) -> retrieval_pb2.StoredDocument:
+        """A document's description and text, or the bytes [byte_start, byte_end) that a citation names."""
+        request = retrieval_pb2.GetDocumentRequest(
+            collection=collection, id=document_id, byte_start=byte_start, byte_end=byte_end
+        )
+        found: retrieval_pb2.StoredDocument = await self._call(self._retrieval.GetDocument, request)
+        return found
+
+    async def collections(self) -> list[retrieval_pb2.Collection]:
+        request = retrieval_pb2.ListCollectionsRequest(page_size=1000)
+        return list((await self._call(self._retrieval.ListCollections, request)).collections)
+
+    async def delete_collection(self, collection: str) -> int:
+        """How many documents it had."""
+        request = retrieval_pb2.DeleteCollectionRequest(collection=collection)
+        return int((await self._call(self._retrieval.DeleteCollection, request)).documents)
+
+    async def query(self, collection: str, text: str, **options: Any) -> retrieval_pb2.QueryResponse:
+        """The chunks that answer best. `options`: see `documents.query_request`."""
+        request = query_request(collection, text, options)
+        answer: retrieval_pb2.QueryResponse = await self._call(self._retrieval.Query, request)
+        return answer
+
+    async def embed(self, texts: Sequence[str]) -> "list[array[float]]":
+        """The vector of each text, float32."""
+        return vectors(await self._call(self._embedding.Embed, embed_request(texts)))
 
     async def models(self) -> list[model_pb2.Model]:
         request = model_pb2.ListModelsRequest(page_size=1000)

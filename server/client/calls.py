@@ -9,17 +9,20 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from millrace.server.client.connection import TLS, Connection
 from millrace.server.client.failures import request_error
-from millrace.server.client.requests import chat_prompt, field
+from millrace.server.client.fields import field
+from millrace.server.client.requests import chat_prompt
 from millrace.server.errors import ConfigError, ModelNotFound, RequestError
 from millrace.server.types import Message
-from millrace.v1 import generation_pb2 as pb
 from millrace.v1 import (
+    embedding_pb2_grpc,
     generation_pb2_grpc,
     model_pb2,
     model_pb2_grpc,
+    retrieval_pb2_grpc,
     tokenizer_pb2,
     tokenizer_pb2_grpc,
 )
+from millrace.v1 import generation_pb2 as pb
 
 
 class Calls:
@@ -43,6 +46,8 @@ class Calls:
 
     def _make_stubs(self, channel: Any) -> None:  # grpc.Channel or grpc.aio.Channel: the stubs take either
         self._generation = generation_pb2_grpc.GenerationServiceStub(channel)
+        self._retrieval = retrieval_pb2_grpc.RetrievalServiceStub(channel)
+        self._embedding = embedding_pb2_grpc.EmbeddingServiceStub(channel)
         self._tokenizer = tokenizer_pb2_grpc.TokenizerServiceStub(channel)
         self._models = model_pb2_grpc.ModelServiceStub(channel)
         self._health = health_pb2_grpc.HealthStub(channel)

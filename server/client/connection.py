@@ -15,10 +15,11 @@ MAX_MESSAGE_BYTES = 64 * 1024 * 1024  # of an answer; log-probabilities of long 
 # says when, or forbids it. It repeats nothing above its buffer of 256 KiB, so also no request that is larger than
 # the server takes, which is RESOURCE_EXHAUSTED too. No health check here: it would turn a typed error into a bare
 # "unhealthy".
+SERVICES = ("Generation", "Retrieval", "Embedding", "Tokenizer", "Model")
 SERVICE_CONFIG = {
     "methodConfig": [
         {
-            "name": [{"service": f"millrace.v1.{name}Service"} for name in ("Generation", "Tokenizer", "Model")],
+            "name": [{"service": f"millrace.v1.{name}Service"} for name in SERVICES],
             "retryPolicy": {
                 "maxAttempts": 4,
                 "initialBackoff": "0.1s",

@@ -1,12 +1,12 @@
 """Building `GenerateRequest` messages from keyword arguments."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypedDict, cast
 
 from google.protobuf.message import Message as ProtoMessage
 
-from millrace.server.errors import InvalidRequest
+from millrace.server.client.documents import conditions
+from millrace.server.client.fields import field
 from millrace.server.types import Message, Role
 from millrace.v1 import generation_pb2 as pb
 
@@ -24,7 +24,8 @@ class Options(TypedDict, total=False):
     """Fields of `SamplingParams`, `StoppingCriteria` and `GenerateRequest`; what is not given is unset there.
 
     Units, ranges and defaults: `proto/millrace/v1/generation.proto`, except `logprobs` (the number of most
-    likely tokens to report beside the chosen one) and `time_limit` (seconds).
+    likely tokens to report beside the chosen one), `time_limit` (seconds), `retrieval` (fields of
+    `RetrievalOptions`, see `retrieval_options`) and `mask_pii` (`GuardrailOptions.pii`).
     """
 
     temperature: float
@@ -53,6 +54,8 @@ class Options(TypedDict, total=False):
     max_tokens_per_message: int
     request_id: str
     labels: Mapping[str, str]
+    retrieval: Mapping[str, Any]
+    mask_pii: bool
 
 
 def generate_request(prompt: Prompt, model: str, options: Options) -> pb.GenerateRequest:
@@ -69,20 +72,24 @@ def generate_request(prompt: Prompt, model: str, options: Options) -> pb.Generat
                 request.output.logprobs.top_n = cast(int, value)
             elif name == "time_limit":
                 request.stopping.time_limit.FromNanoseconds(round(cast(float, value) * 1e9))
+            elif name == "retrieval":
+                request.retrieval.CopyFrom(retrieval_options(cast(Mapping[str, Any], value)))
+            elif name == "mask_pii":
+                request.guardrails.pii = pb.PII_ACTION_MASK if value else pb.PII_ACTION_UNSPECIFIED
             else:
                 _set(request, name, value)
     return request
 
 
-@contextmanager
-def field(name: str) -> Iterator[None]:
-    """What protobuf cannot hold is an InvalidRequest of the field `name`."""
-    try:
-        yield
-    except UnicodeError:
-        raise InvalidRequest.at(name, "must be Unicode text, which holds no lone surrogates") from None
-    except (ValueError, OverflowError) as error:
-        raise InvalidRequest.at(name, f"cannot be sent: {error}") from None
+def retrieval_options(values: Mapping[str, Any]) -> pb.RetrievalOptions:
+    """Fields of `RetrievalOptions`; `filter` as `documents.conditions` takes it, `answer_mode` "generative" or
+    "extractive", `mode` "hybrid", "lexical" or "vector"."""
+    plain = {name: value for name, value in values.items() if name not in ("filter", "answer_mode", "mode")}
+    message = pb.RetrievalOptions(**plain, filter=conditions(values.get("filter", {})))
+    for name, prefix in (("answer_mode", "ANSWER_MODE_"), ("mode", "SEARCH_MODE_")):
+        if values.get(name):
+            message.MergeFrom(pb.RetrievalOptions(**{name: f"{prefix}{values[name].upper()}"}))
+    return message
 
 
 def _set(request: pb.GenerateRequest, name: str, value: object) -> None:

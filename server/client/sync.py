@@ -1,12 +1,14 @@
 """The client for threads and scripts."""
 
-from collections.abc import Callable, Generator, Sequence
+from array import array
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from types import TracebackType
 from typing import Any, Self, Unpack
 
 import grpc
 
+from millrace.retrieval.types import Document
 from millrace.server.client.calls import (
     Calls,
     detokenize_request,
@@ -18,10 +20,26 @@ from millrace.server.client.calls import (
     tokenize_request,
 )
 from millrace.server.client.connection import CHANNEL_OPTIONS, DEFAULT_ADDRESS
+from millrace.server.client.documents import embed_request, query_request, upsert_requests, vectors
 from millrace.server.client.requests import Options, Prompt, generate_request
+from millrace.server.errors import MillraceError
 from millrace.server.types import Message
 from millrace.v1 import generation_pb2 as pb
-from millrace.v1 import model_pb2
+from millrace.v1 import model_pb2, retrieval_pb2
+
+
+class Requests:
+    """Request messages whose making may fail: gRPC would only log it, in a thread of its own."""
+
+    def __init__(self, messages: Iterator[retrieval_pb2.UpsertDocumentsRequest]):
+        self._messages = messages
+        self.error: MillraceError | OSError | None = None
+
+    def __iter__(self) -> Iterator[retrieval_pb2.UpsertDocumentsRequest]:
+        try:
+            yield from self._messages
+        except (MillraceError, OSError) as error:
+            self.error = error
 
 
 class Client(Calls):
@@ -74,6 +92,57 @@ class Client(Calls):
     def render_chat(self, messages: Sequence[Message], *, model: str | None = None) -> str:
         """The text that the model's chat template makes of a conversation."""
         return str(self._call(self._tokenizer.RenderChat, render_request(self._name(model), messages)).text)
+
+    def upsert(
+        self, collection: str, documents: Iterable[Document]
+    ) -> Generator[retrieval_pb2.UpsertDocumentsResponse, None, None]:
+        """Send documents and iterate over what became of each, in the order in which they end. `documents` is read,
+        in another thread, no faster than the server takes them. Closing the generator ends the call."""
+        requests = Requests(upsert_requests(collection, documents))
+        call = self._retrieval.UpsertDocuments(requests, **self._call_options)
+        try:
+            yield from call
+        except grpc.RpcError as failure:
+            raise requests.error or self._error(failure) from failure
+        finally:
+            call.cancel()
+        if requests.error:
+            raise requests.error
+
+    def delete_documents(self, collection: str, ids: Sequence[str]) -> int:
+        """How many of them there were."""
+        request = retrieval_pb2.DeleteDocumentsRequest(collection=collection, ids=ids)
+        return int(self._call(self._retrieval.DeleteDocuments, request).deleted)
+
+    def get_document(
+        self, collection: str, document_id: str, byte_start: int | None = None, byte_end: int | None = None
+    ) -> retrieval_pb2.StoredDocument:
+        """A document's description and text, or the bytes [byte_start, byte_end) that a citation names."""
+        request = retrieval_pb2.GetDocumentRequest(
+            collection=collection, id=document_id, byte_start=byte_start, byte_end=byte_end
+        )
+        found: retrieval_pb2.StoredDocument = self._call(self._retrieval.GetDocument, request)
+        return found
+
+    def collections(self) -> list[retrieval_pb2.Collection]:
+        request = retrieval_pb2.ListCollectionsRequest(page_size=1000)
+        return list(self._call(self._retrieval.ListCollections, request).collections)
+
+    def delete_collection(self, collection: str) -> int:
+        """How many documents it had."""
+        request = retrieval_pb2.DeleteCollectionRequest(collection=collection)
+        return int(self._call(self._retrieval.DeleteCollection, request).documents)
+
+    def query(self, collection: str, text: str, **options: Any) -> retrieval_pb2.QueryResponse:
+        """The chunks that answer best. `options`: see `documents.query_request`."""
+        answer: retrieval_pb2.QueryResponse = self._call(
+            self._retrieval.Query, query_request(collection, text, options)
+        )
+        return answer
+
+    def embed(self, texts: Sequence[str]) -> "list[array[float]]":
+        """The vector of each text, float32."""
+        return vectors(self._call(self._embedding.Embed, embed_request(texts)))
 
     def models(self) -> list[model_pb2.Model]:
         return list(self._call(self._models.ListModels, model_pb2.ListModelsRequest(page_size=1000)).models)
