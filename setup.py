@@ -116,14 +116,18 @@ class CMakeBuild(build_ext):
 
 packages = [
     *STUBS,
+    "millrace.examples",
     *(f"millrace.{root}" for root in present(ROOTS)),
     *(f"millrace.{root}.{name}" for root in present(ROOTS) for name in find_packages(root)),
 ]
 
 setup(
     packages=packages,
-    package_dir={f"millrace.{root}": root for root in present(ROOTS)} | STUBS,
-    package_data={"": ["py.typed", "*.pyi", "*.proto", "*.json", "*.safetensors", "*.jinja"]},
+    package_dir={f"millrace.{root}": root for root in (*present(ROOTS), "examples")} | STUBS,
+    package_data={
+        "": ["py.typed", "*.pyi", "*.proto", "*.json", "*.safetensors", "*.jinja"],
+        "millrace.examples": ["docs/*", "questions.jsonl"],
+    },
     ext_modules=[Extension("millrace.kernels._C", [])],
     cmdclass={"build": Build, "build_ext": CMakeBuild, "generate_stubs": GenerateStubs},
 )

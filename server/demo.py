@@ -1,27 +1,40 @@
-"""`make demo`: start a server on the built-in model, ask it, load it, stop it. Exit status 0 only if all went well."""
+"""`make demo`: start a server, ask it about documents, load it, stop it. Exit status 0 only if all went well."""
 
-import re
-import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 
 from rich.console import Console
 from rich.table import Table
 
+from millrace.server.ask import source_line
 from millrace.server.client import Client, new_text
 from millrace.server.errors import MillraceError
+from millrace.server.ingest import ingest
+from millrace.server.local import local_server
+from millrace.v1 import generation_pb2 as pb
 
-QUESTION = "What does a load balancer do? A load balancer"
+DOCS = Path(__file__).resolve().parent.parent / "examples" / "docs"
+COLLECTION = "shop"
+# Questions to the documents, each with the one that has the answer and words of the answer.
+QUESTIONS = (
+    ("How much do I have to spend to get free postage to my home?", "docs/shipping-domestic.md", "£50"),
+    ("How many pictures do you need of a plate that arrived in pieces?", "docs/lost-and-damaged-parcels.md", "three"),
+    ("What is the weight limit for a box sent to France?", "docs/shipping-international.md", "20 kg"),
+)
+UNANSWERABLE = "Who painted the ceiling of the Sistine Chapel?"
+REFUSAL = "I don't have enough information to answer that."
+MASKED = ("Write to me at jo@mail.example: what is your e-mail address for questions about invoices?", "@")
+
+PROMPT = "What does a load balancer do? A load balancer"
 SUBJECTS = ("A cache", "A queue", "A thread", "A token", "An index", "A server", "A client", "A lock") * 2
 TOKENS = 64
-READY = re.compile(r"grpc://(\S+)")
-STOP_TIMEOUT = 60.0
 
 
 class DemoFailed(MillraceError):
@@ -29,7 +42,7 @@ class DemoFailed(MillraceError):
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class Timing:
     """Seconds from sending to the first text and to the end."""
 
     tokens: int
@@ -40,22 +53,85 @@ class Answer:
 def main() -> int:
     console = Console(highlight=False)
     try:
-        with server(console) as address, Client(address) as client:
-            console.print(f"\n[bold]One question[/]\n[cyan]{QUESTION}[/]", end="")
-            single = ask(client, QUESTION, seed=0, echo=console)
-            console.print(f"\n\n[bold]{len(SUBJECTS)} questions at once[/]")
-            began = time.perf_counter()
-            with ThreadPoolExecutor(len(SUBJECTS)) as pool:
-                burst = list(pool.map(lambda i: ask(client, SUBJECTS[i], seed=i), range(len(SUBJECTS))))
-            wall = time.perf_counter() - began
-        report(console, [("one question", [single], single.total), (f"{len(burst)} at once", burst, wall)])
+        with (
+            TemporaryDirectory() as data,
+            local_server(f"--data-dir={data}", say=lambda line: dim(console, line)) as at,
+            Client(at) as client,
+        ):
+            documents(client, console)
+            generation(client, console)
+        console.print("The server stopped cleanly.", style="dim")
     except MillraceError as error:
         print(f"millrace: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def ask(client: Client, prompt: str, seed: int, echo: Console | None = None) -> Answer:
+def dim(console: Console, line: str) -> None:
+    console.print(line, style="dim", markup=False)
+
+
+def documents(client: Client, console: Console) -> None:
+    """Ingest the example shop, ask it what it knows and what it does not."""
+    console.print(f"\n[bold]Documents[/]: the {len(list(DOCS.iterdir()))} pages of a shop")
+    if ingest(client, COLLECTION, [DOCS], console):
+        raise DemoFailed("a document was refused")
+    for question, document, words in QUESTIONS:
+        text, citations = answer(client, question, console)
+        if words not in text:
+            raise DemoFailed(f"the answer to {question!r} lacks {words!r}: {text!r}")
+        if document not in {citation.document_id for citation in citations}:
+            raise DemoFailed(f"the answer to {question!r} does not cite {document}")
+        check(client, text, citations)
+    text, citations = answer(client, UNANSWERABLE, console)
+    if text != REFUSAL or citations:
+        raise DemoFailed(f"a question that the documents do not answer got {text!r}")
+    question, hidden = MASKED
+    text, _ = answer(client, question, console, mask_pii=True)
+    if "[EMAIL]" not in text or hidden in text:
+        raise DemoFailed(f"an e-mail address was not masked: {text!r}")
+
+
+def answer(client: Client, question: str, console: Console, mask_pii: bool = False) -> tuple[str, list[pb.Citation]]:
+    """Stream an answer to the console, and under it what it cites."""
+    console.print(f"\n[cyan]{question}[/]{'  (personal data masked)' if mask_pii else ''}")
+    text, citations = "", []
+    with closing(client.stream(question, retrieval={"collection": COLLECTION}, mask_pii=mask_pii)) as events:
+        for event in events:
+            text += (new := new_text(event))
+            console.print(new, end="", markup=False, soft_wrap=True)
+            if event.HasField("citation"):
+                citations.append(event.citation)
+    console.print()
+    for number in sorted({citation.source_number for citation in citations}):
+        of_source = [citation for citation in citations if citation.source_number == number]
+        dim(console, source_line(number, of_source))
+    return text, citations
+
+
+def check(client: Client, text: str, citations: Sequence[pb.Citation]) -> None:
+    """Each citation's bytes of the document are the words of the answer that it is about."""
+    answered = text.encode()
+    for citation in citations:
+        quoted = client.get_document(COLLECTION, citation.document_id, citation.byte_start, citation.byte_end).text
+        about = answered[citation.text_start : citation.text_end].decode()
+        if about != f"{quoted} [{citation.source_number}]":
+            raise DemoFailed(f"{about!r} is not what {citation.source} says there: {quoted!r}")
+
+
+def generation(client: Client, console: Console) -> None:
+    """One prompt alone, then many at once, to the model itself."""
+    console.print(f"\n[bold]One prompt[/]\n[cyan]{PROMPT}[/]", end="")
+    single = generate(client, PROMPT, seed=0, echo=console)
+    console.print(f"\n\n[bold]{len(SUBJECTS)} prompts at once[/]")
+    began = time.perf_counter()
+    with ThreadPoolExecutor(len(SUBJECTS)) as pool:
+        burst = list(pool.map(lambda i: generate(client, SUBJECTS[i], seed=i), range(len(SUBJECTS))))
+    wall = time.perf_counter() - began
+    report(console, [("one prompt", [single], single.total), (f"{len(burst)} at once", burst, wall)])
+
+
+def generate(client: Client, prompt: str, seed: int, echo: Console | None = None) -> Timing:
     """Stream one answer and check that it is whole. Raises DemoFailed."""
     began = time.perf_counter()
     first, tokens = 0.0, 0
@@ -69,38 +145,10 @@ def ask(client: Client, prompt: str, seed: int, echo: Console | None = None) -> 
                 echo.print(new_text(event), end="", markup=False, soft_wrap=True)
     if tokens != TOKENS:
         raise DemoFailed(f"{TOKENS} tokens were asked for, {tokens} came")
-    return Answer(tokens, first, time.perf_counter() - began)
+    return Timing(tokens, first, time.perf_counter() - began)
 
 
-@contextmanager
-def server(console: Console) -> Iterator[str]:
-    """Run `millrace serve` on free ports; yield its address; stop it by SIGTERM. Raises DemoFailed."""
-    command = [sys.executable, "-m", "millrace.server.cli", "serve", "--port", "0", "--metrics-port", "0"]
-    command += ["--log-level", "warning"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            yield wait_until_ready(process, console)
-            process.send_signal(signal.SIGTERM)
-            if status := process.wait(STOP_TIMEOUT):
-                raise DemoFailed(f"the server ended with status {status}")
-            console.print("The server stopped cleanly.", style="dim")
-        except subprocess.TimeoutExpired:
-            raise DemoFailed(f"the server did not stop within {STOP_TIMEOUT:.0f} seconds") from None
-        finally:
-            process.kill()
-
-
-def wait_until_ready(process: "subprocess.Popen[str]", console: Console) -> str:
-    """Its output says where it listens; if it ends instead, it has said why."""
-    assert process.stdout
-    for line in process.stdout:
-        console.print(line.rstrip(), style="dim", markup=False)
-        if found := READY.search(line):
-            return found[1]
-    raise DemoFailed(f"the server did not start (status {process.wait()})")
-
-
-def report(console: Console, rows: list[tuple[str, list[Answer], float]]) -> None:
+def report(console: Console, rows: list[tuple[str, list[Timing], float]]) -> None:
     table = Table("", "first token (median)", "worst", "tokens", "seconds", "tokens/s")
     for name, answers, wall in rows:
         first, tokens = [a.first for a in answers], sum(a.tokens for a in answers)

@@ -21,7 +21,7 @@ from millrace.server import cli, doctor
 from millrace.server.chat import converse
 from millrace.server.client import Client, Message, Role
 from millrace.server.config import BUILTIN, COMPONENTS, OWNER, EngineConfig, Settings, load_settings
-from millrace.server.demo import server
+from millrace.server.local import local_server
 from millrace.server.errors import MillraceError, Overloaded
 from millrace.server.gateway.auth import KeyStore
 from millrace.server.worker import main
@@ -266,8 +266,8 @@ def test_models_are_shown_whole(terminal: bool, monkeypatch: pytest.MonkeyPatch)
         assert lines == ["\t".join(row)] * 2
 
 
-def test_a_bad_byte_does_not_end_a_conversation() -> None:
-    with server(Console(quiet=True)) as address:
+def test_a_bad_byte_does_not_end_a_conversation(tmp_path: Path) -> None:
+    with local_server(f"--data-dir={tmp_path}") as address:
         done = millrace("chat", "--address", address, "--max-tokens", "1", stdin="caf\udce9\nhello\n")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("millrace: prompt: ") == 1

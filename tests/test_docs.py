@@ -9,10 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from millrace.server.config import load_settings
-from millrace.server.demo import server
+from millrace.server.local import local_server
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -31,8 +30,8 @@ def blocks(*languages: str) -> list[pytest.param]:
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    with server(Console(quiet=True)) as address:
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with local_server(f"--data-dir={tmp_path_factory.mktemp('data')}") as address:
         yield address
 
 

