@@ -1,17 +1,23 @@
-"""A model without arithmetic: the next token is a hash of everything the KV blocks say came before it."""
+"""Models without arithmetic: the next token is a hash of everything the KV blocks say came before it, the vector of
+a text is drawn from a hash of the text."""
 
 import hashlib
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 
 import numpy as np
 
 from millrace.server.config import EngineConfig
+from millrace.server.engine.embedding import EmbeddingEngine
 from millrace.server.engine.engine import Engine
 from millrace.server.engine.sequence import SequenceFinished, SequenceRequest
+from millrace.server.engine.texts import TextRequest
 from millrace.server.model.executors.base import Batch, KVLayout, Output, StepResult
-from millrace.server.types import BackendInfo, FinishReason, Sampling
+from millrace.server.model.executors.texts import check_texts
+from millrace.server.types import BackendInfo, EmbedderInfo, FinishReason, Sampling
 
 VOCABULARY = 50
+EMBEDDER = EmbedderInfo("hash", "revision-1", dimensions=4, max_tokens=16, vocab_size=VOCABULARY)
 
 
 def draw(tokens: Iterable[int], seed: int, choice: int, position: int, banned: frozenset[int] = frozenset()) -> int:
@@ -95,6 +101,53 @@ class FakeExecutor:
 
     def close(self) -> None:
         self.closed = True
+
+
+def text_vector(token_ids: Iterable[int]) -> np.ndarray:
+    """What a text must become whatever is embedded beside it: another order or another token changes it."""
+    digest = hashlib.blake2b(repr(list(token_ids)).encode(), digest_size=4 * EMBEDDER.dimensions).digest()
+    return np.frombuffer(digest, "<u4").astype(np.float32)
+
+
+class FakeEncoder:
+    """Keeps the texts of each step."""
+
+    def __init__(self) -> None:
+        self.kv_layout = KVLayout(1, 0, 0)
+        self.progress = 0
+        self.closed = False
+        self.steps: list[list[list[int]]] = []
+        self.poison: Callable[[list[int]], bool] = lambda tokens: False  # what makes a whole step raise
+        self.bad_row: Callable[[list[int]], bool] = lambda tokens: False  # what makes one row an error
+        self.vector = text_vector
+
+    def submit(self, batch: Batch) -> int:
+        check_texts(batch, EMBEDDER.max_tokens)
+        tokens, bounds = batch.token_ids.tolist(), batch.offsets.tolist()
+        self.steps.append([tokens[start:end] for start, end in pairwise(bounds)])
+        return len(self.steps) - 1
+
+    def collect(self, ticket: int) -> StepResult:
+        self.progress += 1
+        texts = self.steps[ticket]
+        if any(self.poison(text) for text in texts):
+            raise RuntimeError("poison")
+        pooled = {row: self.vector(text) for row, text in enumerate(texts) if not self.bad_row(text)}
+        errors = {row: "not a number" for row, text in enumerate(texts) if self.bad_row(text)}
+        none, ids, reals = np.zeros(len(texts) + 1, np.int32), np.empty(0, np.int32), np.empty(0, np.float32)
+        return StepResult(none, ids, reals, none[:1], ids, reals, pooled, errors)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def make_text(sequence_id: int, token_ids: Iterable[int] = (1, 2, 3), background: bool = False) -> TextRequest:
+    return TextRequest(sequence_id, f"request-{sequence_id}", "tenant", list(token_ids), background)
+
+
+def make_embedding(**settings: int) -> tuple[EmbeddingEngine, FakeEncoder]:
+    encoder = FakeEncoder()
+    return EmbeddingEngine(encoder, EMBEDDER, EngineConfig(**settings)), encoder
 
 
 def solo(request: SequenceRequest, max_model_len: int) -> tuple[list[int], FinishReason]:

@@ -1,6 +1,7 @@
-"""An engine whose every token is known beforehand, for both ends of the engine link."""
+"""An engine whose every token and vector is known beforehand, for both ends of the engine link."""
 
 import asyncio
+import struct
 import tempfile
 import threading
 import time
@@ -9,13 +10,24 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import grpc
+import numpy as np
 
 from millrace.engine.v1.engine_pb2_grpc import add_EngineServiceServicer_to_server
 from millrace.server.backends.token_stream import MergedStream
 from millrace.server.engine.engine import StepOutput
 from millrace.server.engine.sequence import SequenceFinished, SequenceRequest, SequenceToken
+from millrace.server.engine.texts import TextRequest, TextVector
 from millrace.server.errors import InternalError, InvalidRequest, QueueFull
-from millrace.server.types import BackendInfo, EngineStats, FinishReason, Sampling, TokenDelta, TokenRequest
+from millrace.server.types import (
+    BackendInfo,
+    EmbedderInfo,
+    EmbedRequest,
+    EngineStats,
+    FinishReason,
+    Sampling,
+    TokenDelta,
+    TokenRequest,
+)
 from millrace.server.worker.engine_thread import EngineThread
 from millrace.server.worker.listen import SERVER_OPTIONS, TLSFiles, bind
 from millrace.server.worker.service import EngineService
@@ -34,7 +46,9 @@ INFO = BackendInfo(
     checkpoint_digest="scripted-digest",
 )
 
-# First prompt tokens with a meaning of their own.
+EMBEDDER = EmbedderInfo("scripted-embedder", "scripted-revision", dimensions=3, max_tokens=64, vocab_size=10_000)
+
+# First tokens with a meaning of their own.
 INVALID, FAILS, HANGS, CRASHES = 9001, 9002, 9003, 9004
 
 
@@ -47,13 +61,29 @@ def token_request(first: int, count: int, n: int = 1, **values: object) -> Token
     return TokenRequest(f"r{first}", "tenant", [first, 1, 2], Sampling(), count, n, **values)  # type: ignore[arg-type]
 
 
+def embed_request(*firsts: int, **values: object) -> EmbedRequest:
+    return EmbedRequest("e", "tenant", [[first, 7] for first in firsts], **values)  # type: ignore[arg-type]
+
+
+def script_vector(first: int) -> bytes:
+    """What `embed_request` gets for this text."""
+    return struct.pack("<3f", first, 2, 1 / 3)
+
+
 class ScriptedEngine:
-    """Yields one token of each sequence a step. `permits` set: a step takes one of them, or waits for it."""
+    """Yields one token of each sequence and the vectors of two texts a step.
+
+    `permits` set: a step takes one of them, or waits for it.
+    """
+
+    embedder: EmbedderInfo | None = EMBEDDER
 
     def __init__(self, capacity: int = 1000, permits: threading.Semaphore | None = None, step_seconds: float = 0):
         self.info, self.capacity, self.permits, self.step_seconds = INFO, capacity, permits, step_seconds
         self.live: dict[int, tuple[SequenceRequest, list[int]]] = {}
         self.seen: list[SequenceRequest] = []
+        self.texts: dict[int, TextRequest] = {}
+        self.seen_texts: list[TextRequest] = []
         self.cancelled: list[int] = []
         self.steps = self.progress = self.checks = 0
         self.threads: set[int] = set()
@@ -61,22 +91,31 @@ class ScriptedEngine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.live)
+        return bool(self.live or self.texts)
 
     def submit(self, *requests: SequenceRequest) -> None:
         self.threads.add(threading.get_ident())
-        if requests[0].prompt_ids[0] == INVALID:
-            raise InvalidRequest.at("prompt", "is cursed", bound="3")
-        if len(self.live) + len(requests) > self.capacity:
-            raise QueueFull(f"{self.capacity} wait", metadata={"limit": str(self.capacity)}, retry_after=7)
+        self.check_arrivals(requests[0].prompt_ids[0], len(self.live) + len(requests))
         self.seen += requests
         for request in requests:
             tokens = script(request.prompt_ids, request.choice, request.max_output_tokens)
             self.live[request.sequence_id] = request, tokens
 
+    def embed(self, *texts: TextRequest) -> None:
+        self.check_arrivals(texts[0].token_ids[0], len(self.texts) + len(texts))
+        self.seen_texts += texts
+        self.texts |= {text.sequence_id: text for text in texts}
+
+    def check_arrivals(self, first: int, waiting: int) -> None:
+        if first == INVALID:
+            raise InvalidRequest.at("prompt", "is cursed", bound="3")
+        if waiting > self.capacity:
+            raise QueueFull(f"{self.capacity} wait", metadata={"limit": str(self.capacity)}, retry_after=7)
+
     def cancel(self, sequence_id: int) -> None:
         self.cancelled.append(sequence_id)
         self.live.pop(sequence_id, None)
+        self.texts.pop(sequence_id, None)
 
     def step(self) -> StepOutput:
         if self.permits and self.steps:
@@ -96,6 +135,8 @@ class ScriptedEngine:
                 del self.live[sequence_id]
                 continue
             self._advance(request, tokens, output)
+        for text in list(self.texts.values())[:2]:
+            self._embed(text, output)
         output.stats = EngineStats(self.steps, len(self.live), 0, 0, 60, 64, 0, len(output.tokens), 5, 0)
         return output
 
@@ -114,9 +155,21 @@ class ScriptedEngine:
             )
             del self.live[request.sequence_id]
 
+    def _embed(self, text: TextRequest, output: StepOutput) -> None:
+        del self.texts[text.sequence_id]
+        first = text.token_ids[0]
+        if first == HANGS:
+            time.sleep(3600)
+        if first == FAILS:
+            error = InternalError("a poisoned text")
+            output.finished.append(SequenceFinished(text.sequence_id, None, error=error))
+            return
+        vector = np.array([first, len(text.token_ids), 1 / 3], np.float32)
+        output.embedded.append(TextVector(text.sequence_id, vector))
+
     def check(self) -> None:
         self.checks += 1
-        assert not self.live
+        assert not self.has_work
 
     def close(self) -> None:
         self.closed = True

@@ -5,7 +5,17 @@ from collections.abc import Sequence
 
 from millrace.engine.v1 import engine_pb2 as pb
 from millrace.server.errors import FieldViolation, InvalidRequest, RequestError, from_reason
-from millrace.server.types import BackendInfo, EngineStats, Finish, FinishReason, Logprobs, Sampling, TokenRequest
+from millrace.server.types import (
+    BackendInfo,
+    EmbedderInfo,
+    EmbedRequest,
+    EngineStats,
+    Finish,
+    FinishReason,
+    Logprobs,
+    Sampling,
+    TokenRequest,
+)
 
 FINISH_REASONS = {
     pb.FINISH_REASON_STOP: FinishReason.STOP,
@@ -19,7 +29,7 @@ def link_submit(request: TokenRequest, slots: Sequence[int]) -> pb.Submit:
     return pb.Submit(
         request_id=request.request_id,
         tenant=request.tenant,
-        prompt_ids_le32=struct.pack(f"<{len(request.prompt_ids)}I", *request.prompt_ids),
+        prompt_ids_le32=le32(request.prompt_ids),
         choices=[pb.Choice(slot=slot, index=index) for index, slot in enumerate(slots)],
         sampling=link_sampling(request.sampling),
         max_output_tokens=request.max_output_tokens,
@@ -27,6 +37,24 @@ def link_submit(request: TokenRequest, slots: Sequence[int]) -> pb.Submit:
         stop_token_ids=sorted(request.stop_token_ids),
         logprobs_top_n=request.logprobs_top_n,
     )
+
+
+def link_embeds(request: EmbedRequest, slots: Sequence[int]) -> list[pb.Embed]:
+    """Text i is embedded in slots[i]."""
+    return [
+        pb.Embed(
+            slot=slot,
+            request_id=request.request_id,
+            tenant=request.tenant,
+            token_ids_le32=le32(text),
+            background=request.background,
+        )
+        for slot, text in zip(slots, request.texts, strict=True)
+    ]
+
+
+def le32(token_ids: Sequence[int]) -> bytes:
+    return struct.pack(f"<{len(token_ids)}I", *token_ids)
 
 
 def link_sampling(sampling: Sampling) -> pb.Sampling:
@@ -56,6 +84,19 @@ def backend_info(info: pb.EngineInfo) -> BackendInfo:
         max_num_seqs=info.max_num_seqs,
         max_num_batched_tokens=info.max_num_batched_tokens,
         checkpoint_digest=info.checkpoint_digest,
+    )
+
+
+def embedder_info(info: pb.EngineInfo) -> EmbedderInfo | None:
+    if not info.HasField("embedder"):
+        return None
+    embedder = info.embedder
+    return EmbedderInfo(
+        name=embedder.name,
+        revision=embedder.revision,
+        dimensions=embedder.dimensions,
+        max_tokens=embedder.max_tokens,
+        vocab_size=embedder.vocab_size,
     )
 
 

@@ -12,11 +12,14 @@ import grpc
 from millrace.engine.v1 import engine_pb2 as pb
 from millrace.engine.v1.engine_pb2_grpc import EngineServiceStub
 from millrace.server.backends import convert
+from millrace.server.backends.pending_vectors import PendingVectors
 from millrace.server.backends.token_stream import MergedStream
 from millrace.server.errors import ConfigError, Unavailable, from_reason
-from millrace.server.types import BackendInfo, EngineStats, TokenRequest
+from millrace.server.types import BackendInfo, EmbedderInfo, EmbedRequest, EngineStats, TokenRequest
 
 log = logging.getLogger(__name__)
+
+Check = Callable[[BackendInfo, EmbedderInfo | None], None]
 
 MAX_MESSAGE_BYTES = 64 << 20
 MAX_COMMAND_BYTES = MAX_MESSAGE_BYTES // 4  # what is beyond it goes in the next command
@@ -39,7 +42,8 @@ CHANNEL_OPTIONS = (
 
 
 class EngineLink:
-    """Carries requests as slots: commands of one turn of the loop together, updates to each slot's stream.
+    """Carries requests as slots, one for each choice or text: commands of one turn of the loop together, updates to
+    each slot's stream or vectors.
 
     Slots are numbered upwards and wrap at 2^32: when a number comes back, the worker has long said its
     last word on it.
@@ -58,13 +62,14 @@ class EngineLink:
         self.messages = 0  # updates received
         self.ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()  # why
         self._on_end: Callable[[EngineLink], None] = lambda link: None
-        self._slots: dict[int, tuple[MergedStream, int]] = {}
+        self._slots: dict[int, tuple[MergedStream, int]] = {}  # of choices
+        self._texts: dict[int, tuple[PendingVectors, int]] = {}
         self._last_slot = 0
-        self._outbox: deque[pb.Submit | int] = deque()
+        self._outbox: deque[pb.Submit | pb.Embed | int] = deque()
         self._work = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
 
-    async def open(self, on_end: Callable[["EngineLink"], None], check: Callable[[BackendInfo], None]) -> None:
+    async def open(self, on_end: Callable[["EngineLink"], None], check: Check) -> None:
         """Shake hands. `on_end` is called once, at once when the link ends.
 
         Raises Unavailable, ConfigError if TLS does not trust the worker, and what `check` raises to refuse it;
@@ -72,8 +77,9 @@ class EngineLink:
         """
         try:
             async with asyncio.timeout(HANDSHAKE):
-                self.info = convert.backend_info(await self.stub.GetInfo(pb.GetInfoRequest()))
-                check(self.info)
+                info = await self.stub.GetInfo(pb.GetInfoRequest())
+                self.info, self.embedder = convert.backend_info(info), convert.embedder_info(info)
+                check(self.info, self.embedder)
                 call = self.stub.Connect()
                 await call.initial_metadata()
         except TimeoutError:
@@ -96,6 +102,15 @@ class EngineLink:
         self._work.set()
         return stream
 
+    def embed(self, request: EmbedRequest) -> PendingVectors:
+        """Send texts, all that fit in one command."""
+        slots = [self._new_slot() for _ in request.texts]
+        pending = PendingVectors(len(slots), partial(self._cancel_texts, slots))
+        self._texts |= {slot: (pending, text) for text, slot in enumerate(slots)}
+        self._outbox.extend(convert.link_embeds(request, slots))
+        self._work.set()
+        return pending
+
     async def close(self, why: str = "the gateway closed the link") -> None:
         """End every stream and free the connection. Idempotent."""
         self._end(why)
@@ -106,7 +121,7 @@ class EngineLink:
 
     def _new_slot(self) -> int:
         self._last_slot = (self._last_slot + 1) % SLOTS
-        while self._last_slot in self._slots:
+        while self._last_slot in self._slots or self._last_slot in self._texts:
             self._last_slot = (self._last_slot + 1) % SLOTS
         return self._last_slot
 
@@ -116,15 +131,21 @@ class EngineLink:
         self._outbox.extend(live)
         self._work.set()
 
+    def _cancel_texts(self, slots: list[int]) -> None:
+        self._outbox.extend([slot for slot in slots if self._texts.pop(slot, None)])
+        self._work.set()
+
     def _end(self, why: str) -> None:
         if self.ended.done():
             return
         self.ended.set_result(why)
         self._on_end(self)
-        streams = {id(stream): stream for stream, _ in self._slots.values()}
+        parts: list[tuple[MergedStream | PendingVectors, int]] = [*self._slots.values(), *self._texts.values()]
+        requests = {id(request): request for request, _ in parts}
         self._slots.clear()
-        for stream in streams.values():
-            stream.lose(why)
+        self._texts.clear()
+        for request in requests.values():
+            request.lose(why)
 
     async def _write(self, call: "grpc.aio.StreamStreamCall[pb.Command, pb.StepUpdate]") -> None:
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # the reader tells why
@@ -141,9 +162,12 @@ class EngineLink:
             item = self._outbox.popleft()
             if isinstance(item, int):
                 command.cancels.append(item)
+                continue
+            size += item.ByteSize()
+            if isinstance(item, pb.Embed):
+                command.embeds.append(item)
             else:
                 command.submits.append(item)
-                size += item.ByteSize()
         return command
 
     async def _read(self, call: "grpc.aio.StreamStreamCall[pb.Command, pb.StepUpdate]") -> None:
@@ -172,13 +196,20 @@ class EngineLink:
         for logprobs in update.logprobs:
             if entry := self._slots.get(logprobs.slot):
                 entry[0].push_logprobs(entry[1], convert.token_logprobs(logprobs))
+        for embedded in update.embedded:
+            if text := self._texts.pop(embedded.slot, None):
+                text[0].put(text[1], embedded.vector_f32le)
         for finished in update.finished:
             if entry := self._slots.pop(finished.slot, None):
                 self._finish(*entry, finished)
-        rejected = [(self._slots.pop(item.slot, None), item) for item in update.rejected]
-        for entry, item in rejected:
-            if entry:
-                entry[0].fail(convert.rejection(item))
+            elif text := self._texts.pop(finished.slot, None):
+                text[0].fail(from_reason(finished.error_reason, finished.error_message))
+        rejected = [
+            (self._slots.pop(item.slot, None) or self._texts.pop(item.slot, None), item) for item in update.rejected
+        ]
+        for part, item in rejected:
+            if part:
+                part[0].fail(convert.rejection(item))
 
     def _finish(self, stream: MergedStream, choice: int, finished: pb.Finished) -> None:
         if finished.error_reason:

@@ -17,7 +17,7 @@ from millrace.server.backends.worker_client import EngineClient
 from millrace.server.backends.worker_process import WORKER, WorkerProcess
 from millrace.server.config import EngineConfig, SupervisorConfig
 from millrace.server.errors import ConfigError, StartupError, Unavailable
-from millrace.server.types import BackendInfo
+from millrace.server.types import BackendInfo, EmbedderInfo
 
 log = logging.getLogger(__name__)
 
@@ -33,20 +33,27 @@ class Supervisor:
     """Keeps `backend` linked to a worker process of its own, or with `config.worker` to one run elsewhere.
 
     `backend` outlives its workers and tells `on_ready` of each change. Only the first start can fail. A worker
-    that runs another checkpoint is never linked to.
+    that runs another checkpoint, or embeds with another model, is never linked to.
     """
 
     def __init__(
-        self, engine: EngineConfig, config: SupervisorConfig, checkpoint_digest: str, command: Sequence[str] = WORKER
+        self,
+        engine: EngineConfig,
+        config: SupervisorConfig,
+        checkpoint_digest: str,
+        command: Sequence[str] = WORKER,
+        *,
+        embedder_revision: str | None = None,
     ):
         """`checkpoint_digest`: of the checkpoint that workers must run; `command` starts one.
 
+        `embedder_revision`: of the model that they must embed with; None: any, or none.
         Raises ConfigError if TLS files are missing or cannot be read.
         """
         self.backend = EngineClient(channel_credentials(config))
         self.process: WorkerProcess | None = None
         self._engine, self._config, self._command = engine, config, command
-        self._checkpoint_digest = checkpoint_digest
+        self._checkpoint_digest, self._embedder_revision = checkpoint_digest, embedder_revision
         self._delays = backoff()
         self._absence = ""  # why there was no worker elsewhere when it was last tried
         self._directory: str | None = None
@@ -102,12 +109,19 @@ class Supervisor:
     async def _connect(self, address: str) -> EngineLink:
         """Raises Unavailable, or ConfigError if the worker is not one for this gateway."""
 
-        def check(info: BackendInfo) -> None:
+        def check(info: BackendInfo, embedder: EmbedderInfo | None) -> None:
             if info.checkpoint_digest != self._checkpoint_digest:
                 raise ConfigError(
                     f"the worker at {address} runs another model than --model {self._engine.model}: digests of "
                     f"config.json and tokenizer.json are {info.checkpoint_digest} ({info.architecture}) there and "
                     f"{self._checkpoint_digest} here; start both with the same checkpoint"
+                )
+            if self._embedder_revision not in (None, embedder and embedder.revision):
+                there = f"{embedder.revision} ({embedder.name})" if embedder else "none"
+                raise ConfigError(
+                    f"the worker at {address} embeds with another model than --embedding-model "
+                    f"{self._engine.embedding_model}: revisions are {there} there and {self._embedder_revision} here; "
+                    "start both with the same embedding model"
                 )
 
         return await self.backend.connect(address, check)

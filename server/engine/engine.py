@@ -12,6 +12,7 @@ from millrace.server.engine.blocks import BlockPool
 from millrace.server.engine.results import checked_result, failed_row, row_tokens, sequence_tokens
 from millrace.server.engine.scheduler import Limits, Plan, Row, Scheduler
 from millrace.server.engine.sequence import SequenceFinished, SequenceRequest, SequenceToken, Status
+from millrace.server.engine.texts import TextVector
 from millrace.server.engine.validation import checked_request
 from millrace.server.errors import InternalError
 from millrace.server.model.executors.base import Executor, StepResult, Ticket
@@ -29,6 +30,7 @@ class StepOutput:
     step: int
     tokens: list[SequenceToken] = field(default_factory=list)
     finished: list[SequenceFinished] = field(default_factory=list)
+    embedded: list[TextVector] = field(default_factory=list)
     stats: EngineStats = field(default_factory=EngineStats)
 
 

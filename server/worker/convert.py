@@ -1,12 +1,13 @@
 """Translates between the words of the engine link and those of the engine."""
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from millrace.engine.v1 import engine_pb2 as pb
 from millrace.server.engine.sequence import SequenceFinished, SequenceRequest, SequenceToken
+from millrace.server.engine.texts import TextRequest, TextVector
 from millrace.server.errors import InvalidRequest, RequestError
-from millrace.server.types import BackendInfo, EngineStats, FinishReason, Sampling
+from millrace.server.types import BackendInfo, EmbedderInfo, EngineStats, FinishReason, Sampling
 
 FINISH_REASONS = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
@@ -15,7 +16,7 @@ FINISH_REASONS = {
 }
 
 
-def engine_info(info: BackendInfo) -> pb.EngineInfo:
+def engine_info(info: BackendInfo, embedder: EmbedderInfo | None) -> pb.EngineInfo:
     return pb.EngineInfo(
         fingerprint=info.fingerprint,
         executor=info.executor,
@@ -28,15 +29,23 @@ def engine_info(info: BackendInfo) -> pb.EngineInfo:
         kv_block_size=info.kv_block_size,
         kv_total_blocks=info.kv_total_blocks,
         checkpoint_digest=info.checkpoint_digest,
+        embedder=embedder_info(embedder) if embedder else None,
+    )
+
+
+def embedder_info(info: EmbedderInfo) -> pb.EmbedderInfo:
+    return pb.EmbedderInfo(
+        name=info.name,
+        revision=info.revision,
+        dimensions=info.dimensions,
+        max_tokens=info.max_tokens,
+        vocab_size=info.vocab_size,
     )
 
 
 def sequence_requests(submit: pb.Submit, sequence_ids: Iterable[int]) -> list[SequenceRequest]:
     """One for each choice. Raises InvalidRequest."""
-    size = len(submit.prompt_ids_le32)
-    if size % 4:
-        raise InvalidRequest.at("prompt_ids_le32", f"{size} bytes are no array of uint32")
-    prompt_ids = struct.unpack(f"<{size // 4}I", submit.prompt_ids_le32)
+    prompt_ids = token_ids("prompt_ids_le32", submit.prompt_ids_le32)
     sampling = engine_sampling(submit.sampling)
     return [
         SequenceRequest(
@@ -53,6 +62,27 @@ def sequence_requests(submit: pb.Submit, sequence_ids: Iterable[int]) -> list[Se
         )
         for choice, sequence_id in zip(submit.choices, sequence_ids, strict=False)
     ]
+
+
+def text_requests(embeds: Sequence[pb.Embed], sequence_ids: Iterable[int]) -> list[TextRequest]:
+    """One for each text. Raises InvalidRequest."""
+    return [
+        TextRequest(
+            sequence_id=sequence_id,
+            request_id=embed.request_id,
+            tenant=embed.tenant,
+            token_ids=token_ids("token_ids_le32", embed.token_ids_le32),
+            background=embed.background,
+        )
+        for embed, sequence_id in zip(embeds, sequence_ids, strict=False)
+    ]
+
+
+def token_ids(field: str, le32: bytes) -> tuple[int, ...]:
+    """Raises InvalidRequest."""
+    if len(le32) % 4:
+        raise InvalidRequest.at(field, f"{len(le32)} bytes are no array of uint32")
+    return struct.unpack(f"<{len(le32) // 4}I", le32)
 
 
 def engine_sampling(sampling: pb.Sampling) -> Sampling:
@@ -76,6 +106,10 @@ def add_token(update: pb.StepUpdate, slot: int, token: SequenceToken) -> None:
         update.logprobs.add(
             slot=slot, sampled=token.logprob, top_token_ids=token.top_ids, top_logprobs=token.top_logprobs
         )
+
+
+def add_vector(update: pb.StepUpdate, slot: int, embedded: TextVector) -> None:
+    update.embedded.add(slot=slot, vector_f32le=embedded.vector.astype("<f4", copy=False).tobytes())
 
 
 def add_finished(update: pb.StepUpdate, slot: int, finished: SequenceFinished) -> None:

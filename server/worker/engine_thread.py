@@ -10,8 +10,9 @@ from typing import Protocol, TypeVar
 
 from millrace.server.engine.engine import StepOutput
 from millrace.server.engine.sequence import SequenceRequest
+from millrace.server.engine.texts import TextRequest
 from millrace.server.errors import RequestError, StartupError
-from millrace.server.types import BackendInfo, Sampling
+from millrace.server.types import BackendInfo, EmbedderInfo, Sampling
 
 T = TypeVar("T")
 
@@ -19,24 +20,36 @@ WARM_UP = 0  # the sequence id of the warm-up; callers count from 1
 
 
 class StepEngine(Protocol):
-    """What the thread needs of an engine; `millrace.server.engine.engine.Engine` is the one that serves."""
+    """What the thread needs of an engine; `millrace.server.engine.combined.CombinedEngine` is the one that serves."""
 
     info: BackendInfo
 
+    @property
+    def embedder(self) -> EmbedderInfo | None: ...
     @property
     def has_work(self) -> bool: ...
     @property
     def progress(self) -> int: ...
     def submit(self, *requests: SequenceRequest) -> None: ...
+    def embed(self, *texts: TextRequest) -> None: ...
     def cancel(self, sequence_id: int) -> None: ...
     def step(self) -> StepOutput: ...
     def check(self) -> None: ...
     def close(self) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Order:
+    """From the event loop to the thread. Each of the first two is one request: all of it is admitted, or none."""
+
+    sequences: tuple[SequenceRequest, ...] = ()
+    texts: tuple[TextRequest, ...] = ()
+    cancels: tuple[int, ...] = ()
+
+
 @dataclass(slots=True)
 class Report:
-    """One turn of the thread: what became of the submitted sequences, then at most one step."""
+    """One turn of the thread: what became of what was submitted, then at most one step of each engine."""
 
     admitted: list[int] = field(default_factory=list)
     rejected: list[tuple[int, RequestError]] = field(default_factory=list)
@@ -63,11 +76,11 @@ class EngineThread:
     def __init__(self, load: Callable[[], StepEngine]):
         self._load = load
         self._loop = asyncio.get_running_loop()
-        self.ready: asyncio.Future[BackendInfo] = self._loop.create_future()
+        self.ready: asyncio.Future[tuple[BackendInfo, EmbedderInfo | None]] = self._loop.create_future()
         self.ended: asyncio.Future[None] = self._loop.create_future()
         self._deliver: Callable[[Report], None] = lambda report: None
         self._wake = threading.Condition()
-        self._commands: deque[tuple[SequenceRequest, ...] | int] = deque()
+        self._orders: deque[Order] = deque()
         self._closing = False
         self._busy = True
         self._step = 0
@@ -81,11 +94,15 @@ class EngineThread:
 
     def submit(self, sequences: Sequence[SequenceRequest]) -> None:
         """Queue the choices of one request: all of them are admitted, or none."""
-        self._send([tuple(sequences)])
+        self._send(Order(sequences=tuple(sequences)))
+
+    def embed(self, texts: Sequence[TextRequest]) -> None:
+        """Queue the texts of one request: all of them are admitted, or none."""
+        self._send(Order(texts=tuple(texts)))
 
     def cancel(self, sequence_ids: Sequence[int]) -> None:
-        """End sequences before the next step. Unknown ones are ignored."""
-        self._send(sequence_ids)
+        """End sequences, and drop texts, before the next step. Unknown ones are ignored."""
+        self._send(Order(cancels=tuple(sequence_ids)))
 
     def close(self) -> None:
         """End after the present step. Idempotent; `ended` tells when."""
@@ -96,18 +113,18 @@ class EngineThread:
     def pulse(self) -> Pulse:
         return Pulse(self._engine.progress if self._engine else 0, self._busy, self._step)
 
-    def _send(self, commands: Sequence[tuple[SequenceRequest, ...] | int]) -> None:
+    def _send(self, order: Order) -> None:
         with self._wake:
-            self._commands.extend(commands)
+            self._orders.append(order)
             self._wake.notify()
 
     def _run(self) -> None:
         try:
             self._engine = engine = self._load()
             warm_up(engine)
-            self._tell(resolve, self.ready, engine.info)
-            while (commands := self._next_commands(engine)) is not None:
-                report = self._turn(engine, commands)
+            self._tell(resolve, self.ready, (engine.info, engine.embedder))
+            while (orders := self._next_orders(engine)) is not None:
+                report = self._turn(engine, orders)
                 if report.admitted or report.rejected or report.output:
                     self._tell(self._deliver, report)
             engine.close()
@@ -115,28 +132,30 @@ class EngineThread:
         except BaseException as error:
             self._tell(fail, self.ended if self.ready.done() else self.ready, error)
 
-    def _next_commands(self, engine: StepEngine) -> list[tuple[SequenceRequest, ...] | int] | None:
+    def _next_orders(self, engine: StepEngine) -> list[Order] | None:
         """Wait until there is something to do; None: close."""
-        if not self._commands and not engine.has_work:
+        if not self._orders and not engine.has_work:
             engine.check()
         with self._wake:
-            while not (self._closing or self._commands or engine.has_work):
+            while not (self._closing or self._orders or engine.has_work):
                 self._busy = False
                 self._wake.wait()
             self._busy = True
-            commands = list(self._commands)
-            self._commands.clear()
-            return None if self._closing else commands
+            orders = list(self._orders)
+            self._orders.clear()
+            return None if self._closing else orders
 
-    def _turn(self, engine: StepEngine, commands: list[tuple[SequenceRequest, ...] | int]) -> Report:
+    def _turn(self, engine: StepEngine, orders: list[Order]) -> Report:
         report = Report()
-        for command in commands:
-            if isinstance(command, int):
-                engine.cancel(command)
-            else:
-                admit(engine, command, report)
+        for order in orders:
+            if order.sequences:
+                admit(engine.submit, order.sequences, report)
+            if order.texts:
+                admit(engine.embed, order.texts, report)
+            for sequence_id in order.cancels:
+                engine.cancel(sequence_id)
         # After a cancel there may be nothing to run, but what it freed is news.
-        if engine.has_work or any(isinstance(command, int) for command in commands):
+        if engine.has_work or any(order.cancels for order in orders):
             report.output = engine.step()
             self._step = report.output.step
         return report
@@ -146,23 +165,24 @@ class EngineThread:
             self._loop.call_soon_threadsafe(callback, *args)
 
 
-def admit(engine: StepEngine, sequences: tuple[SequenceRequest, ...], report: Report) -> None:
-    """Submit the choices of a request; they are admitted or rejected together."""
+def admit(submit: Callable[..., None], parts: Sequence[SequenceRequest | TextRequest], report: Report) -> None:
+    """Submit the choices or the texts of a request; they are admitted or rejected together."""
     try:
-        engine.submit(*sequences)
+        submit(*parts)
     except RequestError as error:
-        report.rejected += [(sequence.sequence_id, error) for sequence in sequences]
+        report.rejected += [(part.sequence_id, error) for part in parts]
     else:
-        report.admitted += [sequence.sequence_id for sequence in sequences]
+        report.admitted += [part.sequence_id for part in parts]
 
 
 def warm_up(engine: StepEngine) -> None:
-    """Generate one token, so that whatever the first step compiles or allocates is not a client's wait."""
-    if engine.info.max_model_len < 2:
-        return
-    greedy = Sampling(temperature=0)
+    """Generate and embed one token, so that what the first steps compile or allocate is not a client's wait."""
     try:
-        engine.submit(SequenceRequest(WARM_UP, "warm-up", "", (0,), greedy, 0, max_output_tokens=1))
+        if engine.info.max_model_len > 1:
+            greedy = Sampling(temperature=0)
+            engine.submit(SequenceRequest(WARM_UP, "warm-up", "", (0,), greedy, 0, max_output_tokens=1))
+        if engine.embedder is not None:
+            engine.embed(TextRequest(WARM_UP, "warm-up", "", (0,)))
     except RequestError as error:
         raise StartupError(f"the engine refused its warm-up request: {error}") from error
     while engine.has_work:

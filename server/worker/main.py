@@ -27,6 +27,8 @@ from pydantic import ValidationError
 from millrace.engine.v1 import engine_pb2
 from millrace.engine.v1.engine_pb2_grpc import add_EngineServiceServicer_to_server
 from millrace.server.config import DAY, EngineConfig
+from millrace.server.engine.combined import CombinedEngine
+from millrace.server.engine.embedding import EmbeddingEngine
 from millrace.server.engine.engine import Engine
 from millrace.server.errors import ConfigError, StartupError
 from millrace.server.worker.engine_thread import EngineThread, StepEngine
@@ -45,10 +47,15 @@ WATCHDOG = 5.0  # seconds that a clean end may take, once streams are over
 
 def load_engine(config: EngineConfig, progress: Progress) -> StepEngine:
     """Raises StartupErrors."""
-    from millrace.server.model.executors import create_executor
+    from millrace.server.model.embedder import locate_embedder
+    from millrace.server.model.executors import create_embedder, create_executor
 
-    loaded = create_executor(config, progress)
-    return Engine(loaded.executor, loaded.info, config)
+    embedding = None
+    if directory := locate_embedder(config.embedding_model):
+        embedder = create_embedder(config, directory, progress)
+        embedding = EmbeddingEngine(embedder.executor, embedder.info, config)
+    model = create_executor(config, progress)
+    return CombinedEngine(Engine(model.executor, model.info, config), embedding)
 
 
 def emit(event: str, **values: Any) -> None:
@@ -58,15 +65,22 @@ def emit(event: str, **values: Any) -> None:
 
 
 def report_loading() -> Progress:
-    """A progress callback that says no more than it must: a line for each per cent."""
+    """A progress callback that says no more than it must: a line for each per cent.
+
+    It counts bytes of one model, from 0, after those of another.
+    """
+    before = latest_done = latest_total = 0
     last = -1
 
     def progress(done: int, total: int) -> None:
-        nonlocal last
-        percent = 100 * done // max(total, 1)
+        nonlocal before, latest_done, latest_total, last
+        if done < latest_done:
+            before += latest_total
+        latest_done, latest_total = done, total
+        percent = 100 * (before + done) // max(before + total, 1)
         if percent != last:
             last = percent
-            emit("loading", done=done, total=total)
+            emit("loading", done=before + done, total=before + total)
 
     return progress
 

@@ -4,19 +4,24 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
+from functools import partial
+from typing import TypeVar
 
 import grpc
 
 from millrace.engine.v1 import engine_pb2 as pb
 from millrace.engine.v1.engine_pb2_grpc import EngineServiceServicer
 from millrace.server.engine.engine import StepOutput
+from millrace.server.engine.sequence import SequenceRequest
+from millrace.server.engine.texts import TextRequest
 from millrace.server.errors import Draining, InvalidRequest
 from millrace.server.worker import convert
 from millrace.server.worker.connection import Connection, Ending
 from millrace.server.worker.engine_thread import EngineThread, Report
 
 log = logging.getLogger(__name__)
+Part = TypeVar("Part", SequenceRequest, TextRequest)
 
 PROGRESS_INTERVALS_MS = range(10, 10_001)
 
@@ -29,7 +34,7 @@ class ProtocolError(Exception):
 
 
 class EngineService(EngineServiceServicer):
-    """Gives each choice of each gateway a sequence of the engine, and each gateway one update for each step."""
+    """Gives each choice and text of each gateway a number in the engine, and each gateway one update for each step."""
 
     def __init__(self, thread: EngineThread):
         self._thread = thread
@@ -41,7 +46,7 @@ class EngineService(EngineServiceServicer):
         self._idle.set()
 
     async def GetInfo(self, request: pb.GetInfoRequest, context: Context) -> pb.EngineInfo:  # noqa: N802 (gRPC's name)
-        return convert.engine_info(await asyncio.shield(self._thread.ready))
+        return convert.engine_info(*await asyncio.shield(self._thread.ready))
 
     async def Connect(self, request_iterator: AsyncIterator[pb.Command], context: Context) -> None:  # noqa: N802
         connection = Connection()
@@ -103,6 +108,9 @@ class EngineService(EngineServiceServicer):
         for token in output.tokens:
             if owner := self._owners.get(token.sequence_id):  # else: cancelled during the step
                 convert.add_token(updates[owner[0]], owner[1], token)
+        for embedded in output.embedded:
+            if owner := self._release(embedded.sequence_id):
+                convert.add_vector(updates[owner[0]], owner[1], embedded)
         for finished in output.finished:
             if owner := self._release(finished.sequence_id):
                 convert.add_finished(updates[owner[0]], owner[1], finished)
@@ -113,6 +121,8 @@ class EngineService(EngineServiceServicer):
             async for command in commands:
                 for submit in command.submits:
                     self._submit(connection, submit)
+                for _, embeds in itertools.groupby(command.embeds, lambda embed: (embed.tenant, embed.request_id)):
+                    self._embed(connection, list(embeds))
                 self._cancel(connection, command.cancels)
         except ProtocolError as error:
             ending = Ending(grpc.StatusCode.INVALID_ARGUMENT, str(error))
@@ -132,23 +142,41 @@ class EngineService(EngineServiceServicer):
 
     def _submit(self, connection: Connection, submit: pb.Submit) -> None:
         slots = [choice.slot for choice in submit.choices]
+        read = partial(convert.sequence_requests, submit, self._sequence_ids)
+        self._accept(connection, submit.request_id, slots, read, self._thread.submit)
+
+    def _embed(self, connection: Connection, embeds: list[pb.Embed]) -> None:
+        """Take the texts of one request."""
+        slots = [embed.slot for embed in embeds]
+        read = partial(convert.text_requests, embeds, self._sequence_ids)
+        self._accept(connection, embeds[0].request_id, slots, read, self._thread.embed)
+
+    def _accept(
+        self,
+        connection: Connection,
+        request_id: str,
+        slots: list[int],
+        read: Callable[[], list[Part]],
+        submit: Callable[[list[Part]], None],
+    ) -> None:
+        """Submit what `read` returns, one part for each slot; reject all of them if it cannot be."""
         if not slots or len({*slots}) < len(slots) or not connection.slots.keys().isdisjoint(slots):
-            raise ProtocolError(f"request {submit.request_id!r} has no slots or slots in use: {slots}")
+            raise ProtocolError(f"request {request_id!r} has no slots or slots in use: {slots}")
         update = pb.StepUpdate()
         try:
             if self._draining:
                 raise Draining("the worker is shutting down")
-            sequences = convert.sequence_requests(submit, self._sequence_ids)
+            parts = read()
         except (Draining, InvalidRequest) as error:
             for slot in slots:
                 convert.add_rejected(update, slot, error)
             connection.tell(update)
             return
-        for slot, sequence in zip(slots, sequences, strict=True):
-            connection.slots[slot] = sequence.sequence_id
-            self._owners[sequence.sequence_id] = connection, slot
+        for slot, part in zip(slots, parts, strict=True):
+            connection.slots[slot] = part.sequence_id
+            self._owners[part.sequence_id] = connection, slot
         self._idle.clear()
-        self._thread.submit(sequences)
+        submit(parts)
 
     def _cancel(self, connection: Connection, slots: Iterable[int]) -> None:
         sequence_ids = [connection.slots[slot] for slot in slots if slot in connection.slots]
