@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from millrace.server.types import ChoiceDelta, Completed, Deltas, Finish, GenerateEvent, Logprobs, Started
+from millrace.server.types import ChoiceDelta, Citation, Completed, Deltas, Finish, GenerateEvent, Logprobs, Started
 
 
 @dataclass(slots=True)
@@ -17,11 +17,12 @@ class CollectedChoice:
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """A whole answer; `choices` by index."""
+    """A whole answer; `choices` by index, `citations` in the order in which they came."""
 
     started: Started
     choices: list[CollectedChoice]
     completed: Completed
+    citations: tuple[Citation, ...] = ()
 
 
 def collect(events: Iterable[GenerateEvent]) -> Collected:
@@ -30,12 +31,16 @@ def collect(events: Iterable[GenerateEvent]) -> Collected:
     if not (isinstance(first, Started) and isinstance(last, Completed)):
         raise ValueError(f"a stream goes from Started to Completed, not from {first} to {last}")
     parts: list[list[ChoiceDelta]] = [[] for _ in range(first.n)]
+    citations: list[Citation] = []
     for event in middle:
+        if isinstance(event, Citation):
+            citations.append(event)
+            continue
         if not isinstance(event, Deltas):
             raise ValueError(f"{event} in the middle of a stream")
         for delta in event.choices:
             parts[delta.index].append(delta)
-    return Collected(first, [_join(index, deltas) for index, deltas in enumerate(parts)], last)
+    return Collected(first, [_join(index, deltas) for index, deltas in enumerate(parts)], last, tuple(citations))
 
 
 def _join(index: int, deltas: list[ChoiceDelta]) -> CollectedChoice:

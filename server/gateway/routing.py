@@ -8,7 +8,7 @@ from millrace.server.backends.base import Backend
 from millrace.server.errors import ModelNotFound, RequestError, Unavailable
 from millrace.server.text.template import ChatTemplate
 from millrace.server.text.tokenizer import Tokenizer
-from millrace.server.types import BackendInfo, Sampling
+from millrace.server.types import AnswerMode, BackendInfo, Sampling
 
 
 class ModelState(Enum):
@@ -28,7 +28,10 @@ class ModelStatus:
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
-    """A model that clients can ask for. `template` None: it cannot chat."""
+    """A model that clients can ask for. `template` None: it cannot chat.
+
+    `answer_mode`: how a question to documents is answered unless the request says otherwise.
+    """
 
     name: str
     tokenizer: Tokenizer
@@ -37,6 +40,7 @@ class ModelCard:
     aliases: tuple[str, ...] = ()
     default_sampling: Sampling = field(default_factory=Sampling)
     stop_token_ids: frozenset[int] = frozenset()
+    answer_mode: AnswerMode = AnswerMode.GENERATIVE
 
     @property
     def capabilities(self) -> tuple[str, ...]:
