@@ -16,3 +16,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 def make_checkpoint() -> Callable[..., Path]:
     """`make_checkpoint(directory, architecture, *, shard_size="1GB", seed=0, **config_overrides) -> directory`."""
     return checkpoints.make_checkpoint
+
+
+@pytest.fixture(scope="session")
+def make_encoder() -> Callable[..., Path]:
+    """`make_encoder(directory, architecture="BertModel", *, pooling="mean", normalize=True, seed=0, **overrides)`."""
+    return checkpoints.make_encoder

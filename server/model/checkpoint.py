@@ -6,13 +6,14 @@ shards are named by plain file names.
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from millrace.server.errors import CheckpointError
 from millrace.server.model.fields import Fields, read_object
-from millrace.server.model.registry import model_spec
+from millrace.server.model.pooling import read_pooling
+from millrace.server.model.registry import encoder_spec, model_spec
 from millrace.server.model.safetensors import SafetensorsFile
 from millrace.server.model.spec import ModelSpec
 from millrace.server.types import Sampling
@@ -31,12 +32,12 @@ class GenerationDefaults:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """An opened directory. `shards` maps each tensor name to the file that holds it."""
+    """An opened directory. `shards` maps each tensor name to the file that holds it. An encoder generates nothing."""
 
     directory: Path
     config: Fields
     spec: ModelSpec
-    generation: GenerationDefaults
+    generation: GenerationDefaults | None
     shards: Mapping[str, SafetensorsFile]
 
     @classmethod
@@ -45,6 +46,14 @@ class Checkpoint:
         config = read_config(directory)
         spec = model_spec(config)
         return cls(directory, config, spec, read_generation(directory, config), _find_shards(directory))
+
+    @classmethod
+    def open_encoder(cls, directory: Path) -> "Checkpoint":
+        """The same of a sentence-transformers directory."""
+        config = read_config(directory)
+        spec = encoder_spec(config)
+        spec = replace(spec, pooling=read_pooling(directory, spec.hidden_size))
+        return cls(directory, config, spec, None, _find_shards(directory))
 
     def fingerprint(self, executor: str, precision: str, build: Sequence[str]) -> str:
         """Name what is computed: workers of equal fingerprint give equal results.
@@ -91,7 +100,10 @@ def read_config(directory: Path) -> Fields:
 
 def _find_file(directory: Path, name: str) -> Path:
     if not directory.is_dir():
-        raise CheckpointError(f"{directory}: there is no such checkpoint directory; --model takes one, or 'builtin'")
+        raise CheckpointError(
+            f"{directory}: there is no such checkpoint directory; --model takes one, or 'builtin', "
+            f"and --embedding-model one, 'auto' or 'off'"
+        )
     path = directory / name
     if not path.is_file():
         raise CheckpointError(f"{path}: is missing; a checkpoint directory holds one")

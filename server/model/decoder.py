@@ -6,21 +6,11 @@ of the public checkpoints.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
+from millrace.server.model.activation import read_activation
 from millrace.server.model.fields import Fields
 from millrace.server.model.rotary import context_of, rotary_spec
 from millrace.server.model.spec import AttentionSpec, LayerSpec, MLPSpec, ModelSpec, NormSpec, Weight
-
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
-ACTIVATIONS: dict[str, Activation] = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "relu": "relu",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +59,8 @@ def decoder_spec(
     qk_norm: bool = False,
 ) -> ModelSpec:
     """`windows`: one for each layer."""
-    activation = config.string("hidden_act", "silu")
-    if activation not in ACTIVATIONS:
-        raise config.error("hidden_act", f"is {activation!r}; supported are {', '.join(ACTIVATIONS)}")
     norm = NormSpec("rms", "pre", config.number("rms_norm_eps", 0, 1, 1e-6))
-    mlp = MLPSpec("gated", sizes.mlp, ACTIVATIONS[activation], mlp_bias)
+    mlp = MLPSpec("gated", sizes.mlp, read_activation(config, "hidden_act", "silu"), mlp_bias)
     rotary = rotary_spec(config, sizes.head_dim)
 
     def layer(index: int, window: int | None) -> LayerSpec:

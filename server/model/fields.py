@@ -83,10 +83,7 @@ class Fields:
 
 def parse_object(text: bytes, origin: str) -> dict[str, Any]:
     """Parse one JSON object; CheckpointError for anything else, for a name given twice and for NaN."""
-    try:
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{origin}: is no valid JSON: {_line(error)}") from None
+    value = _parse(text, origin)
     if not isinstance(value, dict):
         raise CheckpointError(f"{origin}: must hold a JSON object, not {_shown(value)}")
     return value
@@ -94,13 +91,31 @@ def parse_object(text: bytes, origin: str) -> dict[str, Any]:
 
 def read_object(path: Path) -> Fields:
     """Read a JSON file. CheckpointError where it cannot be read, is too large or is no object."""
+    return Fields(parse_object(_read(path), str(path)), str(path))
+
+
+def read_objects(path: Path) -> list[Fields]:
+    """Read a JSON file that holds a list of objects; errors as of `read_object`."""
+    values = _parse(_read(path), str(path))
+    if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
+        raise CheckpointError(f"{path}: must hold a list of JSON objects, not {_shown(values)}")
+    return [Fields(value, f"{path}: entry {index}") for index, value in enumerate(values)]
+
+
+def _read(path: Path) -> bytes:
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise CheckpointError(f"{path}: is larger than {MAX_JSON_BYTES} bytes")
-        text = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    return Fields(parse_object(text, str(path)), str(path))
+
+
+def _parse(text: bytes, origin: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{origin}: is no valid JSON: {_line(error)}") from None
 
 
 def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 Shape = tuple[int, ...]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
 
 @dataclass(frozen=True, slots=True)
 class Weight:
     """A tensor of the checkpoint. `role` is what executors call it, `name` what the file calls it.
 
-    Roles of a layer: `q k v o gate up down` (matrices [out, in]), the same with `_bias`, `q_norm k_norm`,
-    `attention_norm mlp_norm`; of the model: `embedding`, `final_norm`, `head`.
+    Roles of a layer: `q k v o gate up down` (matrices [out, in]), `q_norm k_norm`, `attention_norm mlp_norm`; of
+    the model: `embedding position_embedding token_type_embedding` (tables), `embedding_norm final_norm`, `head`;
+    the bias that belongs to any of them ends in `_bias`.
     """
 
     role: str
@@ -66,21 +68,54 @@ class RotarySpec:
 
 @dataclass(frozen=True, slots=True)
 class NormSpec:
-    kind: Literal["rms"]
-    place: Literal["pre"]
+    """`layer` (Ba et al. 2016, arXiv:1607.06450) has a bias, `rms` has none.
+
+    `pre`: of what goes into attention or MLP; `post`: of the sum of what goes in and what comes out.
+    """
+
+    kind: Literal["rms", "layer"]
+    place: Literal["pre", "post"]
     eps: float
 
 
 @dataclass(frozen=True, slots=True)
+class EmbeddingSpec:
+    """What a token becomes before the first layer: the sum of its rows in each table there is, then a norm.
+
+    `positions` and `token_types` are rows of learned tables, 0 where there is none. A token at position p takes
+    row `position_offset` + p of the first, and row 0 of the second: texts here are no pairs.
+    """
+
+    positions: int = 0
+    position_offset: int = 0
+    token_types: int = 0
+    norm: NormSpec | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PoolingSpec:
+    """How the last hidden states of a text become its vector: their mean, or that of the first token (`cls`).
+
+    `normalize`: divided by its Euclidean length.
+    """
+
+    kind: Literal["mean", "cls"]
+    normalize: bool
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionSpec:
-    """`window`: a token sees itself and the `window` - 1 tokens before it; None: all of them."""
+    """`window`: a token sees itself and the `window` - 1 tokens before it; None: all of them.
+
+    Not `causal`: it sees every token of the text. `position` None: what is known of positions is in the input.
+    """
 
     heads: int
     kv_heads: int
     head_dim: int
     scale: float
-    position: RotarySpec
-    causal: Literal[True] = True
+    position: RotarySpec | None
+    causal: bool = True
     window: int | None = None
     qkv_bias: bool = False
     o_bias: bool = False
@@ -90,9 +125,11 @@ class AttentionSpec:
 
 @dataclass(frozen=True, slots=True)
 class MLPSpec:
-    kind: Literal["gated"]
+    """`gated`: down(activation(gate(x)) * up(x)); `plain`: down(activation(up(x)))."""
+
+    kind: Literal["gated", "plain"]
     size: int
-    activation: Literal["silu", "gelu", "gelu_tanh", "relu"]
+    activation: Activation
     bias: bool = False
 
 
@@ -106,18 +143,29 @@ class LayerSpec:
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """`context`: tokens that positions are good for. With `tied`, the head is the embedding."""
+    """`context`: tokens that positions are good for. With `tied`, the head is the embedding.
+
+    A model with `pooling` is an encoder: it has no head. The vector of a text by a model without is the last
+    token's hidden state after the final norm.
+    """
 
     architecture: str
     vocab_size: int
     hidden_size: int
     context: int
     layers: tuple[LayerSpec, ...]
-    final_norm: NormSpec
+    final_norm: NormSpec | None
     tied: bool
     weights: tuple[Weight, ...]
+    embedding: EmbeddingSpec = EmbeddingSpec()
+    pooling: PoolingSpec | None = None
     ignored: tuple[str, ...] = ()  # endings of tensor names that checkpoints carry and nobody needs
     logit_soft_cap: None = None
+
+    @property
+    def causal(self) -> bool:
+        """Whether no token sees a later one, so that the keys and values of a beginning can be kept."""
+        return all(layer.attention.causal for layer in self.layers)
 
     @property
     def all_weights(self) -> tuple[Weight, ...]:
@@ -137,5 +185,6 @@ class ModelSpec:
 
     @property
     def kv_floats_per_token(self) -> int:
-        """Numbers that keys and values of one token take over all layers."""
-        return sum(2 * layer.attention.kv_heads * layer.attention.head_dim for layer in self.layers)
+        """Numbers that the keys and values kept of one token take over all layers."""
+        kept = (layer.attention for layer in self.layers if layer.attention.causal)
+        return sum(2 * attention.kv_heads * attention.head_dim for attention in kept)

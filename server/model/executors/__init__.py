@@ -1,19 +1,21 @@
-"""Makes the executor that a worker runs: opens the checkpoint, settles what is `auto`, loads the weights."""
+"""Makes the executors that a worker runs: opens the checkpoint, settles what is `auto`, loads the weights."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from millrace.kernels import _C
 from millrace.server.config import EngineConfig
 from millrace.server.errors import MissingDependency
 from millrace.server.model.checkpoint import Checkpoint, checkpoint_digest
-from millrace.server.model.executors.base import Executor
-from millrace.server.model.executors.plan import make_plan
+from millrace.server.model.embedder import embedder_info
+from millrace.server.model.executors.base import Executor, KVLayout
+from millrace.server.model.executors.plan import make_plan, plan_encoder
 from millrace.server.model.hub import locate
 from millrace.server.model.spec import ModelSpec
-from millrace.server.model.weights import find_weights, stream_weights
-from millrace.server.types import BackendInfo
+from millrace.server.model.weights import Found, Progress, find_weights, stream_weights
+from millrace.server.types import BackendInfo, EmbedderInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +25,15 @@ class LoadedModel:
     info: BackendInfo
 
 
-def create_executor(config: EngineConfig, progress: Callable[[int, int], None]) -> LoadedModel:
+@dataclass(frozen=True, slots=True)
+class LoadedEmbedder:
+    """`executor` takes the batches of `texts.py`."""
+
+    executor: Executor
+    info: EmbedderInfo
+
+
+def create_executor(config: EngineConfig, progress: Progress) -> LoadedModel:
     """Load `config.model`. `progress(done, total)` counts bytes read.
 
     Raises StartupErrors: CheckpointError, ConfigError, NotEnoughMemory (before anything is allocated),
@@ -33,18 +43,8 @@ def create_executor(config: EngineConfig, progress: Callable[[int, int], None]) 
     checkpoint = Checkpoint.open(config.checkpoint)
     weights = find_weights(checkpoint)
     plan = make_plan(config, checkpoint.spec)
-    # Threads that wait for each other by spinning stand still for whole time slices on a busy machine.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    try:
-        import torch
-    except ImportError:
-        raise MissingDependency("the reference executor needs PyTorch: pip install torch==2.13.0") from None
-    from millrace.server.model.executors.reference import ReferenceExecutor
-
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
-    executor = ReferenceExecutor(checkpoint.spec, stream_weights(weights, progress), plan.layout)
-    build = (f"kernels {_C.isa()}", f"torch {torch.__version__} {torch.backends.cpu.get_cpu_capability()}")
+    executor, library = _reference_executor(config, checkpoint, weights, plan.layout, progress)
+    build = (f"kernels {_C.isa()}", library)
     info = BackendInfo(
         fingerprint=checkpoint.fingerprint(plan.executor, plan.dtype, build),
         executor=plan.executor,
@@ -59,3 +59,35 @@ def create_executor(config: EngineConfig, progress: Callable[[int, int], None]) 
         checkpoint_digest=checkpoint_digest(config.checkpoint),
     )
     return LoadedModel(executor, checkpoint.spec, info)
+
+
+def create_embedder(config: EngineConfig, directory: Path, progress: Progress) -> LoadedEmbedder:
+    """Load the encoder of a sentence-transformers directory; progress and errors as of `create_executor`.
+
+    To be called before `create_executor`, whose KV cache takes its memory only when it is used: then the plan of
+    that cache knows what is left.
+    """
+    checkpoint = Checkpoint.open_encoder(directory)
+    weights = find_weights(checkpoint)
+    layout = plan_encoder(checkpoint.spec)
+    info = embedder_info(directory)
+    executor, _ = _reference_executor(config, checkpoint, weights, layout, progress)
+    return LoadedEmbedder(executor, info)
+
+
+def _reference_executor(
+    config: EngineConfig, checkpoint: Checkpoint, weights: Sequence[Found], layout: KVLayout, progress: Progress
+) -> tuple[Executor, str]:
+    """Also names the library, with what in it decides the last bits."""
+    # Threads that wait for each other by spinning stand still for whole time slices on a busy machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    try:
+        import torch
+    except ImportError:
+        raise MissingDependency("the reference executor needs PyTorch: pip install torch==2.13.0") from None
+    from millrace.server.model.executors.reference import ReferenceExecutor
+
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    executor = ReferenceExecutor(checkpoint.spec, stream_weights(weights, progress), layout)
+    return executor, f"torch {torch.__version__} {torch.backends.cpu.get_cpu_capability()}"

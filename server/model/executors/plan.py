@@ -58,6 +58,19 @@ def make_plan(config: EngineConfig, spec: ModelSpec, available: int | None = Non
     return Plan("reference", "float32", max_model_len, KVLayout(block_size, blocks, block_bytes))
 
 
+def plan_encoder(spec: ModelSpec, available: int | None = None) -> KVLayout:
+    """The layout of a model that keeps nothing. Raises NotEnoughMemory where it does not fit beside what is loaded."""
+    available = available_memory() if available is None else available
+    # Texts run one at a time, so the longest one bounds what a step takes.
+    needed = fixed_bytes(spec, spec.context, 0, spec.context)
+    if needed > available:
+        raise NotEnoughMemory(
+            f"weights and working memory of {spec.architecture} take {_mib(needed)}, {_mib(available)} are free: "
+            f"free some, or set --embedding-model to a smaller one or to 'off'"
+        )
+    return KVLayout(REFERENCE_BLOCK_SIZE, 0, 0)
+
+
 def fixed_bytes(spec: ModelSpec, tokens: int, sequences: int, context: int) -> int:
     """Memory of everything but the KV cache: weights, the widest arrays of a step, and 64 MiB for the rest."""
     attention = [layer.attention for layer in spec.layers]

@@ -12,6 +12,7 @@ from millrace.server.errors import FeatureUnsupported
 from millrace.server.model.executors.base import Batch, Float32, Int32, KVLayout, Output, StepResult, Ticket
 from millrace.server.model.executors.draws import Draws, accept_draws, plan_draws
 from millrace.server.model.executors.reference_model import ReferenceModel
+from millrace.server.model.executors.texts import check_texts
 from millrace.server.model.spec import ModelSpec, Weight
 
 NO_DRAWS = SampleResult(
@@ -48,6 +49,8 @@ class ReferenceExecutor:
             raise ValueError("a row names an adapter; none was loaded")
         if not all(mask.is_ready for mask in batch.masks):
             raise ValueError("a token mask is not ready; this executor draws at submission")
+        if not self.model.spec.causal:
+            check_texts(batch, self.model.spec.context)
         hidden = self.model.forward(batch, torch.from_numpy(token_ids).long().clamp(min=0))
         pooled = self._pool(batch, hidden, errors)
         draws = plan_draws(batch, token_ids)
@@ -114,11 +117,11 @@ class ReferenceExecutor:
         return token_ids, errors
 
     def _pool(self, batch: Batch, hidden: Tensor, errors: dict[int, str]) -> dict[int, Float32]:
-        """The last hidden state of each POOLED row after the final norm; rows with a NaN go to `errors`."""
+        """One vector of each POOLED row; rows with a NaN go to `errors`."""
         pooled = {}
         for row in np.flatnonzero(batch.outputs == Output.POOLED):
-            last = int(batch.offsets[row + 1]) - 1
-            vector = self.model.finish(hidden[last : last + 1])[0]
+            begin, end = batch.offsets[row : row + 2].tolist()
+            vector = self.model.pool(hidden[begin:end])
             if vector.isfinite().all():
                 pooled[int(row)] = vector.numpy()
             else:

@@ -2,13 +2,15 @@
 
 A token's result must not depend on what else is in the step: attention runs row by row over the row's own
 keys and values, in parts of `SPAN` positions that begin at multiples of it, and matrices are multiplied with
-at least `MIN_ROWS` rows, because the BLAS takes other kernels, with other roundings, for fewer.
+at least `MIN_ROWS` rows, because the BLAS takes other kernels, with other roundings, for fewer. An encoder runs text by
+text, each in memory of its own: then nothing else can matter.
 """
 
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -44,7 +46,7 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What all layers share."""
+    """What all causal layers share."""
 
     slots: Tensor  # int64 [tokens], where keys and values of the step go
     turns: Mapping[RotarySpec, tuple[Tensor, Tensor]]  # cosine and sine, [tokens, 1, dim / 2]
@@ -65,22 +67,29 @@ class ReferenceModel:
             torch.from_numpy(np.zeros((2, slots, layer.attention.kv_heads, layer.attention.head_dim), np.float32))
             for layer in spec.layers
         ]
-        self.frequencies = {layer.attention.position: frequencies(layer.attention.position) for layer in spec.layers}
+        rotaries = (layer.attention.position for layer in spec.layers)
+        self.frequencies = {rotary: frequencies(rotary) for rotary in rotaries if rotary is not None}
 
     def forward(self, batch: Batch, token_ids: Tensor) -> Tensor:
         """Run all layers, store keys and values, and return float32 [tokens, hidden] before the final norm."""
-        x = F.embedding(token_ids, self.outer["embedding"])
-        for index, vector in batch.embeddings.items():
-            x[index] = torch.from_numpy(vector)
-        step = self._plan(batch)
-        for layer, weights, cache in zip(self.spec.layers, self.layers, self.cache, strict=True):
-            x = run_layer(layer, weights, cache, x, step)
-            self.progress += 1
-        return x
+        x = self._embed(batch, token_ids)
+        if self.spec.causal:
+            return self._run_layers(x, self._plan(batch))
+        texts = pairwise(batch.offsets.tolist())
+        return torch.cat([self._run_layers(x[begin:end].clone(), None) for begin, end in texts])
 
     def finish(self, hidden: Tensor) -> Tensor:
-        """The final norm."""
-        return rms_norm(hidden, self.outer["final_norm"], self.spec.final_norm)
+        """The final norm, where there is one."""
+        return hidden if self.spec.final_norm is None else norm(hidden, self.outer, "final_norm", self.spec.final_norm)
+
+    def pool(self, hidden: Tensor) -> Tensor:
+        """The vector of a row, float32 [hidden], of its hidden states before the final norm [tokens, hidden]."""
+        pooling = self.spec.pooling
+        if pooling is None:
+            return self.finish(hidden[-1:])[0]
+        hidden = self.finish(hidden)
+        vector = hidden[0] if pooling.kind == "cls" else hidden.mean(0)
+        return F.normalize(vector, dim=0) if pooling.normalize else vector.clone()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 [rows, vocabulary] of hidden states before the final norm."""
@@ -90,6 +99,26 @@ class ReferenceModel:
     def release(self) -> None:
         """Free weights and cache; nothing runs after."""
         self.outer, self.layers, self.cache = {}, [], []
+
+    def _embed(self, batch: Batch, token_ids: Tensor) -> Tensor:
+        """What goes into the first layer: float32 [tokens, hidden]."""
+        spec, tables = self.spec.embedding, self.outer
+        x = F.embedding(token_ids, tables["embedding"])
+        for index, vector in batch.embeddings.items():
+            x[index] = torch.from_numpy(vector)
+        if spec.token_types:
+            x = x + tables["token_type_embedding"][0]
+        if spec.positions:
+            rows = torch.from_numpy(batch.positions).long() + spec.position_offset
+            x = x + F.embedding(rows, tables["position_embedding"])
+        return x if spec.norm is None else norm(x, tables, "embedding_norm", spec.norm)
+
+    def _run_layers(self, x: Tensor, step: Step | None) -> Tensor:
+        """`step` None: `x` is one whole text."""
+        for layer, weights, cache in zip(self.spec.layers, self.layers, self.cache, strict=True):
+            x = run_layer(layer, weights, cache, x, step)
+            self.progress += 1
+        return x
 
     def _plan(self, batch: Batch) -> Step:
         positions = torch.from_numpy(batch.positions).float()
@@ -122,16 +151,28 @@ def view(batch: Batch, row: int, begin: int, end: int, window: int | None, block
     return View(begin, end, torch.from_numpy(slots), torch.from_numpy(hidden))
 
 
-def run_layer(layer: LayerSpec, weights: Roles, cache: Tensor, x: Tensor, step: Step) -> Tensor:
-    """Pre-norm attention, then pre-norm MLP, each added to its input: float32 [tokens, hidden]."""
-    normed = rms_norm(x, weights["attention_norm"], layer.norm)
-    x = x + attention(layer.attention, layer.norm, weights, cache, normed, step)
-    return x + mlp(layer.mlp, weights, rms_norm(x, weights["mlp_norm"], layer.norm))
+def run_layer(layer: LayerSpec, weights: Roles, cache: Tensor, x: Tensor, step: Step | None) -> Tensor:
+    """Attention, then MLP, each added to its input, with a norm before it or of the sum: float32 [tokens, hidden]."""
+
+    def attend_all(y: Tensor) -> Tensor:
+        return attention(layer.attention, layer.norm, weights, cache, y, step)
+
+    if layer.norm.place == "pre":
+        x = x + attend_all(norm(x, weights, "attention_norm", layer.norm))
+        return x + mlp(layer.mlp, weights, norm(x, weights, "mlp_norm", layer.norm))
+    x = norm(x + attend_all(x), weights, "attention_norm", layer.norm)
+    return norm(x + mlp(layer.mlp, weights, x), weights, "mlp_norm", layer.norm)
 
 
-def rms_norm(x: Tensor, weight: Tensor, norm: NormSpec) -> Tensor:
+def norm(x: Tensor, weights: Roles, role: str, spec: NormSpec) -> Tensor:
+    if spec.kind == "layer":
+        return F.layer_norm(x, x.shape[-1:], weights[role], weights[f"{role}_bias"], spec.eps)
+    return rms_norm(x, weights[role], spec)
+
+
+def rms_norm(x: Tensor, weight: Tensor, spec: NormSpec) -> Tensor:
     """Zhang and Sennrich 2019, arXiv:1910.07467, over the last dimension."""
-    return weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps))
+    return weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + spec.eps))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -144,22 +185,39 @@ def pad_rows(x: Tensor) -> Tensor:
     return F.pad(x, (0, 0, 0, max(MIN_ROWS - x.shape[-2], 0)))
 
 
-def attention(spec: AttentionSpec, norm: NormSpec, weights: Roles, cache: Tensor, x: Tensor, step: Step) -> Tensor:
-    """Store keys and values of the step's tokens, then let each token see what it may: [tokens, hidden]."""
+def attention(
+    spec: AttentionSpec, qk_norm: NormSpec, weights: Roles, cache: Tensor, x: Tensor, step: Step | None
+) -> Tensor:
+    """Let each token of `x` see what it may: [tokens, hidden]."""
 
     def heads(role: str, count: int) -> Tensor:
         y = linear(x, weights[role], weights.get(f"{role}_bias")).view(-1, count, spec.head_dim)
-        return rms_norm(y, weights[f"{role}_norm"], norm) if f"{role}_norm" in weights else y
+        return norm(y, weights, f"{role}_norm", qk_norm) if f"{role}_norm" in weights else y
 
-    turns = step.turns[spec.position]
-    q = rotate(heads("q", spec.heads), *turns)
-    cache[0, step.slots] = rotate(heads("k", spec.kv_heads), *turns)
-    cache[1, step.slots] = heads("v", spec.kv_heads)
-    out = torch.empty(len(x), spec.heads * spec.head_dim)
+    q, k, v = heads("q", spec.heads), heads("k", spec.kv_heads), heads("v", spec.kv_heads)
+    out = see_all(spec, q, k, v) if step is None else see_past(spec, q, k, v, cache, step)
+    return linear(out, weights["o"], weights.get("o_bias"))
+
+
+def see_all(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Every token of a text sees every other. All [tokens, heads, dim] -> [tokens, heads x dim]."""
+    mixed = F.scaled_dot_product_attention(
+        q.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None], scale=spec.scale, enable_gqa=True
+    )
+    return mixed[0].transpose(0, 1).reshape(len(q), -1)
+
+
+def see_past(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, step: Step) -> Tensor:
+    """Store the keys and values of the step; each token sees itself and what came before: [tokens, heads x dim]."""
+    if spec.position is not None:
+        turns = step.turns[spec.position]
+        q, k = rotate(q, *turns), rotate(k, *turns)
+    cache[0, step.slots], cache[1, step.slots] = k, v
+    out = torch.empty(len(q), spec.heads * spec.head_dim)
     for seen in step.views[spec.window]:
         keys, values = cache[:, seen.slots]
         out[seen.begin : seen.end] = attend(spec, q[seen.begin : seen.end], keys, values, seen.hidden)
-    return linear(out, weights["o"], weights.get("o_bias"))
+    return out
 
 
 def attend(spec: AttentionSpec, q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor) -> Tensor:
@@ -184,5 +242,8 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 
 
 def mlp(spec: MLPSpec, weights: Roles, x: Tensor) -> Tensor:
-    gate = ACTIVATIONS[spec.activation](linear(x, weights["gate"], weights.get("gate_bias")))
-    return linear(gate * linear(x, weights["up"], weights.get("up_bias")), weights["down"], weights.get("down_bias"))
+    activate, up = ACTIVATIONS[spec.activation], linear(x, weights["up"], weights.get("up_bias"))
+    if spec.kind == "plain":
+        return linear(activate(up), weights["down"], weights.get("down_bias"))
+    gate = activate(linear(x, weights["gate"], weights.get("gate_bias")))
+    return linear(gate * up, weights["down"], weights.get("down_bias"))
