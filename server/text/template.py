@@ -15,7 +15,8 @@ import jinja2
 
 from millrace.server.errors import CheckpointError, InvalidRequest
 from millrace.server.text.sandbox import GLOBALS, compile_template, render
-from millrace.server.text.tokenizer import Tokenizer, read_config
+from millrace.server.text.tokenizer import Tokenizer
+from millrace.server.text.tokenizer_file import read_config
 from millrace.server.types import ChatPrompt
 
 MAX_TEMPLATE_BYTES = 1 << 20
