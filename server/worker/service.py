@@ -49,6 +49,7 @@ class EngineService(EngineServiceServicer):
         return convert.engine_info(*await asyncio.shield(self._thread.ready))
 
     async def Connect(self, request_iterator: AsyncIterator[pb.Command], context: Context) -> None:  # noqa: N802
+        await context.send_initial_metadata(())  # first of all: an abort that meets it half sent is never told
         connection = Connection()
         self._connections.add(connection)
         tasks = [
@@ -134,7 +135,6 @@ class EngineService(EngineServiceServicer):
 
     async def _write(self, connection: Connection, context: Context) -> None:
         try:
-            await context.send_initial_metadata(())
             while (update := await connection.next_update()) is not None:
                 await context.write(update)
         finally:
