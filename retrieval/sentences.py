@@ -40,7 +40,7 @@ LEADING = _words(
 NUMBERED = _words("no nos nr fig figs eq eqs p pp vol vols ch sec sect art par para app ref refs tab op ver")
 # In the middle or at the end, as are DATES: the end if a word follows that rarely is a name.
 TRAILING = _words(
-    "etc al inc ltd co corp llc bros jr sr esq ph.d dept univ assn est min max hrs mins tel ext st ave blvd rd sq ft usw"
+    "etc al inc ltd co corp llc bros jr sr esq ph.d dept univ assn est min max hrs mins tel ext st ave blvd rd sq ft"
 )
 DATES = _words("Jan Feb Mar Apr Jun Jul Aug Sep Sept Oct Nov Dec Mon Tue Tues Wed Thu Thur Thurs Fri Sat Sun")
 STARTERS = _words(
