@@ -204,8 +204,8 @@ async def worker(engine: ScriptedEngine, listen: str = "", tls: TLSFiles | None 
         finally:
             await server.stop(0)
             thread.close()
-            if engine.permits:
-                engine.permits.release(1_000_000)
+            if permits := getattr(engine, "permits", None):
+                permits.release(1_000_000)
             if thread.ready.done() and not thread.ready.exception():
                 await asyncio.wait({thread.ended})
                 thread.ended.exception()  # a test that expects one has seen it

@@ -14,12 +14,25 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from link_fakes import CRASHES, HANGS, INFO, ScriptedEngine, collect, script, token_request, worker
+from link_fakes import (
+    CRASHES,
+    EMBEDDER,
+    HANGS,
+    INFO,
+    ScriptedEngine,
+    collect,
+    embed_request,
+    script,
+    script_vector,
+    token_request,
+    worker,
+)
 
 from millrace.server.backends import supervisor as supervision
 from millrace.server.backends.supervisor import FIRST_DELAY, LONGEST_DELAY, Supervisor, backoff
 from millrace.server.config import EngineConfig, SupervisorConfig
 from millrace.server.errors import ConfigError, EngineLost, EngineRestarting, StartupError
+from millrace.server.types import EmbedderInfo
 
 WORKER = (sys.executable, str(Path(__file__).parents[1] / "scripted_worker.py"))
 DIGEST = INFO.checkpoint_digest
@@ -238,6 +251,40 @@ async def test_a_worker_that_comes_back_with_another_checkpoint_stays_out(
         await next_readiness(supervisor, True)
         await expect_service(supervisor, 2)
     await supervisor.close()
+
+
+@pytest.mark.parametrize(
+    ("embedder", "revision", "refusal"),
+    [
+        (EMBEDDER, None, None),
+        (EMBEDDER, EMBEDDER.revision, None),
+        (None, None, None),
+        (EMBEDDER, "another", r"--embedding-model auto: .* scripted-revision \(scripted-embedder\) there and another"),
+        (None, EMBEDDER.revision, "revisions are none there and scripted-revision here"),
+    ],
+)
+async def test_a_worker_that_embeds_with_another_model_is_refused(
+    embedder: EmbedderInfo | None, revision: str | None, refusal: str | None, tmp_path: Path
+) -> None:
+    engine = ScriptedEngine()
+    engine.embedder = embedder
+    address = f"unix:{tmp_path}/w"
+    supervisor = Supervisor(EngineConfig(), SupervisorConfig(worker=address), DIGEST, embedder_revision=revision)
+    async with worker(engine, address):
+        with pytest.raises(ConfigError, match=refusal) if refusal else contextlib.nullcontext():
+            await supervisor.start()
+        await supervisor.close()
+
+
+async def test_a_step_of_texts_that_hangs_replaces_the_worker() -> None:
+    async with supervised(hang_timeout=0.5) as supervisor:
+        pid = pid_of(supervisor)
+        assert await supervisor.backend.embed(embed_request(5)) == [script_vector(5)]
+        with pytest.raises(EngineRestarting, match="makes no progress"):
+            await supervisor.backend.embed(embed_request(HANGS))
+        await next_readiness(supervisor, True)
+        assert pid_of(supervisor) != pid
+        assert await supervisor.backend.embed(embed_request(5)) == [script_vector(5)]
 
 
 def test_delays_double_up_to_a_bound_with_jitter() -> None:
