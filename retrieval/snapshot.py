@@ -14,11 +14,9 @@ import stat
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
-
-from numpy.typing import NDArray
 
 from millrace.server.errors import IndexDamaged
 
@@ -40,6 +38,9 @@ class Envelope:
     space: str = "cosine"
 
 
+FIELD_TYPES = {field.name: field.type for field in fields(Envelope)}
+
+
 @dataclass(frozen=True, slots=True)
 class Image:
     """`payload`: a file in memory, at its start; nobody else can change it. `size`: its bytes."""
@@ -59,16 +60,17 @@ def path_of(file: BinaryIO) -> str:
     return f"/proc/self/fd/{file.fileno()}"
 
 
-def write(path: Path, envelope: Envelope, parts: Sequence[NDArray[Any]]) -> None:
+def write(path: Path, envelope: Envelope, parts: Sequence[memoryview]) -> None:
     """Replace the image at `path`, durably. Raises OSError, and then the image that was there still is."""
     payload_bytes = sum(part.nbytes for part in parts)
     header = json.dumps({**asdict(envelope), "payload_bytes": payload_bytes}).encode()
-    prefix = PREFIX.pack(MAGIC, VERSION, len(header)) + header
+    blocks: list[bytes | memoryview] = [PREFIX.pack(MAGIC, VERSION, len(header)), header, *parts]
     temporary = path.with_name(path.name + ".tmp")  # one name, so that a killed process leaves at most one behind
+    temporary.unlink(missing_ok=True)
     try:
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as out:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as out:
             digest = hashlib.sha256()
-            for block in (prefix, *map(memoryview, parts)):
+            for block in blocks:
                 out.write(block)
                 digest.update(block)
             out.write(digest.digest())
@@ -146,13 +148,15 @@ def _read_exactly(file: Any, count: int) -> bytes:
 
 def _parse(header: bytes, size: int) -> Envelope:
     """Raises ValueError."""
-    fields = json.loads(header)
-    if not isinstance(fields, dict) or fields.pop("payload_bytes", None) != size:
-        raise ValueError("its header does not fit its payload")
     try:
-        return Envelope(**fields)
-    except TypeError:
-        raise ValueError("its header has other fields than expected") from None
+        found = json.loads(header)
+    except RecursionError:
+        raise ValueError("its header is nested") from None
+    if not isinstance(found, dict) or found.pop("payload_bytes", None) != size:
+        raise ValueError("its header does not fit its payload")
+    if {name: type(value) for name, value in found.items()} != FIELD_TYPES or found["count"] < 0:
+        raise ValueError("its header has other fields than expected")
+    return Envelope(**found)
 
 
 def _check_written(path: Path) -> None:

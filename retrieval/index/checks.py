@@ -40,6 +40,15 @@ def check_allowed(allowed: Labels) -> Labels:
     return allowed
 
 
+def contains(ascending: Labels, labels: Labels) -> NDArray[np.bool_]:
+    """[n]: whether each of `labels` is among `ascending`."""
+    if not len(ascending):
+        return np.zeros(len(labels), np.bool_)
+    places = np.minimum(np.searchsorted(ascending, labels), len(ascending) - 1)
+    found: NDArray[np.bool_] = ascending[places] == labels
+    return found
+
+
 def unit_rows(vectors: ArrayLike, dimensions: int) -> Float32:
     """[n, dimensions], each of length 1. Raises InvalidVector."""
     rows = np.asarray(vectors)

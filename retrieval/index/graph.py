@@ -21,8 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from millrace.retrieval.index.base import Float32, Labels
-from millrace.retrieval.index.checks import MAX_EF, check_range
+from millrace.retrieval.index.checks import MAX_EF, check_range, contains
 from millrace.retrieval.index.lock import ReadWriteLock
+from millrace.retrieval.index.twins import Twins
 from millrace.retrieval.snapshot import path_of
 from millrace.server.errors import IndexDamaged
 
@@ -46,76 +47,99 @@ class GraphSettings:
 
 
 class Graph:
-    """Unit vectors, linked to their neighbours. One writer; searches may run beside it."""
+    """Distinct unit vectors, linked to their neighbours. One writer; searches may run beside it."""
 
     def __init__(self, dimensions: int, settings: GraphSettings):
         index = hnswlib.Index("ip", dimensions)
         index.init_index(MIN_CAPACITY, M=settings.m, ef_construction=settings.ef_construction)
-        self._hold(index, set())
+        self._hold(index, set(), Twins())
 
-    def _hold(self, index: Any, deleted: set[int]) -> None:
+    def _hold(self, index: Any, deleted: set[int], twins: Twins) -> None:
         index.set_num_threads(1)  # by default it takes every core
         index.set_ef(1)
-        self._index, self._deleted = index, deleted
-        self._updates = 0
+        self._index, self._deleted, self._twins = index, deleted, twins
+        self._moves = 0
         self._lock = ReadWriteLock()
-
-    def __len__(self) -> int:
-        """Nodes that a search can return."""
-        return int(self._index.element_count) - len(self._deleted)
 
     @property
     def wear(self) -> float:
         """The share of nodes that were deleted or moved. Recall falls as it grows."""
-        return (len(self._deleted) + self._updates) / max(1, int(self._index.element_count))
+        return (len(self._deleted) + self._moves) / max(1, int(self._index.element_count))
 
     def add(self, labels: Labels, units: Float32) -> None:
-        """A label that is there, or was, moves to its new vector."""
-        for label, unit in zip(labels.tolist(), units, strict=True):
-            with self._lock.write():  # for one insertion: about a millisecond
-                nodes = self._index.element_count
-                if nodes == self._index.max_elements:
-                    self._index.resize_index(2 * nodes)
-                self._index.add_items(unit, label)
-                self._deleted.discard(label)
-                self._updates += self._index.element_count == nodes
+        """Labels must not be there."""
+        leading = contains(self._twins.add(labels, units), labels)
+        for label, unit in zip(labels[leading].tolist(), units[leading], strict=True):
+            self._insert(label, unit)
 
-    def remove(self, labels: Labels) -> None:
-        """Each must be there."""
-        with self._lock.write():
-            for label in labels.tolist():
-                self._index.mark_deleted(label)
-                self._deleted.add(label)
+    def remove(self, labels: Labels, units: Float32) -> None:
+        """Labels must be there, with these vectors."""
+        for label, unit in zip(labels.tolist(), units, strict=True):
+            ended, successor = self._twins.remove(label, unit)
+            if successor is not None:
+                self._insert(successor, unit)
+            if ended is not None:
+                with self._lock.write():
+                    self._index.mark_deleted(ended)
+                    self._deleted.add(ended)
+
+    def _insert(self, label: int, unit: Float32) -> None:
+        with self._lock.write():  # for one insertion: about a millisecond
+            nodes = self._index.element_count
+            if nodes == self._index.max_elements:
+                self._index.resize_index(2 * nodes)
+            self._index.add_items(unit, label)  # moves the node of a deleted label
+            if label in self._deleted:
+                self._deleted.remove(label)
+                self._moves += 1
 
     def search(self, unit: Float32, width: int) -> Labels | None:
-        """About the `width` nearest; None: the graph cannot reach so many."""
+        """Labels of about the `width` nearest vectors; None: the graph cannot reach so many."""
         try:
             with self._lock.read():
-                labels, _ = self._index.knn_query(unit, width)
+                width = min(width, int(self._index.element_count) - len(self._deleted))
+                leaders, _ = self._index.knn_query(unit, width)
         except RuntimeError:
             return None
-        found: Labels = labels[0]
-        return found
+        return self._twins.expand(leaders[0])
 
-    def save(self, file: BinaryIO) -> NDArray[np.uint8]:
-        """The image, which lives in `file`, a file in memory. Raises OSError."""
+    def save(self, file: BinaryIO) -> list[memoryview]:
+        """The image: hnswlib's own, then each follower and its leader. Lives in `file`, a file in memory.
+
+        Raises OSError.
+        """
         with self._lock.read():
             self._index.save_index(path_of(file))
             size = self._index.index_file_size()
         if os.fstat(file.fileno()).st_size != size:
             raise OSError(errno.ENOSPC, "no room in memory for the image of a vector index")
-        return np.frombuffer(mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ), np.uint8)
+        return [memoryview(mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ)), self._twins.followers().data]
 
     @classmethod
-    def load(cls, file: BinaryIO, dimensions: int) -> tuple["Graph", Labels, Float32]:
-        """The graph of an image that has been verified, and the labels and vectors in it that are not deleted."""
-        nodes = _nodes(np.frombuffer(file.read(), np.uint8), dimensions)
-        index = hnswlib.Index("ip", dimensions)
-        index.load_index(path_of(file), max_elements=max(MIN_CAPACITY, len(nodes)))
+    def load(cls, file: BinaryIO, dimensions: int, count: int) -> tuple["Graph", Labels, Float32]:
+        """The graph of an image that has been verified, and the `count` labels and vectors in it."""
+        image = np.frombuffer(file.read(), np.uint8)
+        nodes = _nodes(image, dimensions)
         dead = nodes["mark"] & DELETED != 0
+        labels, units = nodes["label"][~dead], nodes["vector"][~dead]
+        end = image.nbytes - 16 * (count - len(labels))
+        if not HEADER.size + nodes.nbytes <= end <= image.nbytes:
+            raise IndexDamaged(f"the image does not hold {count} vectors")
+        followers = image[end:].view("<u8").reshape(-1, 2)
+        file.truncate(end)
+        index = hnswlib.Index("ip", dimensions)
+        try:
+            index.load_index(path_of(file), max_elements=max(MIN_CAPACITY, len(nodes)))
+        except RuntimeError as error:
+            raise IndexDamaged(f"hnswlib: {error}") from None
+        order = np.argsort(labels)
+        leaders = order[np.searchsorted(labels, followers[:, 1], sorter=order)]
+        labels, units = np.concatenate([labels, followers[:, 0]]), np.concatenate([units, units[leaders]])
+        twins = Twins()
+        twins.add(labels, units)
         graph = cls.__new__(cls)
-        graph._hold(index, set(nodes["label"][dead].tolist()))
-        return graph, nodes["label"][~dead], nodes["vector"][~dead]
+        graph._hold(index, set(nodes["label"][dead].tolist()), twins)
+        return graph, labels, units
 
 
 def _nodes(image: NDArray[np.uint8], dimensions: int) -> NDArray[Any]:

@@ -19,6 +19,7 @@ from millrace.retrieval.index.checks import (
     check_labels,
     check_range,
     check_search,
+    contains,
     unit_query,
 )
 from millrace.retrieval.index.flat import FlatIndex
@@ -27,7 +28,7 @@ from millrace.server.errors import IndexDamaged
 
 MAX_WEAR = 0.25
 # A candidate of the graph costs as much as this many rows of an exact search (bench/index.py).
-ROWS_PER_CANDIDATE = 8
+ROWS_PER_CANDIDATE = 10
 # More of the k nearest are found if the search looks at more than k.
 SPARE = 2
 
@@ -65,8 +66,11 @@ class HnswIndex:
 
     def add(self, labels: Sequence[int] | Labels, vectors: Float32) -> None:
         store, graph = self._parts
-        store.add(labels, vectors)
         numbers = np.unique(check_labels(labels))
+        replaced = store.known(numbers)
+        before = store.vectors(replaced)
+        store.add(labels, vectors)
+        graph.remove(replaced, before)
         graph.add(numbers, store.vectors(numbers))
         self._rebuild_if_worn()
 
@@ -74,7 +78,7 @@ class HnswIndex:
         """May take as long as building the index; searches go on."""
         store, graph = self._parts
         numbers = store.known(np.unique(check_labels(labels)))
-        graph.remove(numbers)
+        graph.remove(numbers, store.vectors(numbers))
         store.remove(numbers)
         self._rebuild_if_worn()
 
@@ -96,7 +100,7 @@ class HnswIndex:
             candidates = graph.search(unit_query(query, self.dimensions).astype(np.float32), width)
             if candidates is not None:
                 if allowed is not None:
-                    candidates = np.intersect1d(candidates, allowed)
+                    candidates = candidates[contains(allowed, candidates)]
                 found = store.rank(query, candidates, k)
                 if len(found.labels) == k:
                     return found
@@ -106,7 +110,7 @@ class HnswIndex:
         store, graph = self._parts
         with snapshot.memory_file() as file:
             image = graph.save(file)
-            snapshot.write(path, snapshot.Envelope(self.kind, self.dimensions, len(store), model), [image])
+            snapshot.write(path, snapshot.Envelope(self.kind, self.dimensions, len(store), model), image)
 
     def load(self, path: Path, model: str) -> None:
         with snapshot.read(path, self.dimensions, model) as image:
@@ -116,9 +120,7 @@ class HnswIndex:
         """Replace the contents by an image that has been verified."""
         if image.envelope.kind != self.kind:
             raise IndexDamaged("the image is none of an hnsw index")
-        graph, labels, units = Graph.load(image.payload, self.dimensions)
-        if len(labels) != image.envelope.count:
-            raise IndexDamaged(f"the image holds {len(labels)} vectors, not {image.envelope.count}")
+        graph, labels, units = Graph.load(image.payload, self.dimensions, image.envelope.count)
         store = FlatIndex(self.dimensions)
         store.replace(labels, units)
         self._parts = store, graph
