@@ -29,7 +29,7 @@ from millrace.server.model.hub import locate
 from millrace.server.model.memory import available_memory
 from millrace.server.model.weights import find_weights
 from millrace.server.telemetry.metrics import Metrics
-from millrace.v1 import bounds_pb2, generation_pb2, model_pb2, tokenizer_pb2
+from millrace.v1 import bounds_pb2, embedding_pb2, generation_pb2, model_pb2, retrieval_pb2, tokenizer_pb2
 
 FEATURES = ("avx2", "fma", "avx512f", "avx512_vnni", "amx_int8", "amx_bf16")
 PACKAGES = ("millrace", "grpcio", "protobuf", "numpy", "numba", "tokenizers", "torch")
@@ -102,7 +102,7 @@ def installed(name: str) -> str:
 
 def bounds() -> list[tuple[str, str]]:
     """What every request field accepts, as the protos declare it."""
-    files = (generation_pb2, tokenizer_pb2, model_pb2)
+    files = (generation_pb2, retrieval_pb2, embedding_pb2, tokenizer_pb2, model_pb2)
     messages = (m for file in files for m in file.DESCRIPTOR.message_types_by_name.values())
     return [
         (f"{message.name}.{field.name}", describe(field.GetOptions().Extensions[bounds_pb2.bounds]))

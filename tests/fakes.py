@@ -2,11 +2,31 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
 
-from millrace.server.errors import FeatureUnsupported, PromptTooLong, RequestError
+from millrace.retrieval.types import (
+    Chunk,
+    CollectionInfo,
+    Document,
+    Hit,
+    MediaType,
+    SearchRequest,
+    SearchResult,
+    StageScore,
+    StoredDocument,
+    Upserted,
+    UpsertStatus,
+)
+from millrace.server.errors import (
+    CollectionNotFound,
+    DocumentNotFound,
+    FeatureUnsupported,
+    PromptTooLong,
+    RequestError,
+)
 from millrace.server.types import (
     BackendInfo,
     EmbedderInfo,
@@ -177,3 +197,78 @@ class FakeStream:
         self.running.clear()
         self.stopped.set()
         self.backend.live.discard(self)
+
+
+class FakeLibrary:
+    """Documents in memory, their content their text, one chunk each. `errors`: what fails, by document id.
+
+    A document lasts until `resumed` is set. A search finds what has a word of the question, most of them first.
+    """
+
+    def __init__(self) -> None:
+        self.documents: dict[tuple[str, str], dict[str, Document]] = {}
+        self.errors: dict[str, Exception] = {}
+        self.searches: list[tuple[str, SearchRequest]] = []
+        self.resumed = asyncio.Event()
+        self.resumed.set()
+        self.live, self.most = 0, 0
+
+    async def upsert(self, tenant: str, collection: str, document: Document) -> Upserted:
+        self.live += 1
+        self.most = max(self.most, self.live)
+        try:
+            await asyncio.sleep(0)
+            await self.resumed.wait()
+        finally:
+            self.live -= 1
+        if error := self.errors.get(document.id):
+            raise error
+        stored = self.documents.setdefault((tenant, collection), {})
+        before = stored.get(document.id)
+        stored[document.id] = document
+        if before == document:
+            return Upserted(document.id, UpsertStatus.UNCHANGED, chunks=1, chunks_embedded=0)
+        status = UpsertStatus.UPDATED if before else UpsertStatus.CREATED
+        return Upserted(document.id, status, 1, 1, embedding_tokens=len(document.content.split()))
+
+    async def delete_documents(self, tenant: str, collection: str, ids: Sequence[str]) -> int:
+        stored = self.collection(tenant, collection)
+        return sum(stored.pop(one, None) is not None for one in dict.fromkeys(ids))
+
+    async def delete_collection(self, tenant: str, collection: str) -> int:
+        self.collection(tenant, collection)
+        return len(self.documents.pop((tenant, collection)))
+
+    async def list_collections(self, tenant: str, after: str, limit: int) -> list[CollectionInfo]:
+        found = sorted((name, d) for (owner, name), d in self.documents.items() if owner == tenant and name > after)
+        return [CollectionInfo(name, len(d), len(d), EMBEDDER.name, EMBEDDER.dimensions, "flat") for name, d in found][
+            :limit
+        ]
+
+    async def get_document(
+        self, tenant: str, collection: str, document: str, byte_start: int | None, byte_end: int | None
+    ) -> StoredDocument:
+        if (found := self.collection(tenant, collection).get(document)) is None:
+            raise DocumentNotFound(f"there is no document {document!r}", resource_type="", resource_name=document)
+        text = found.content[byte_start or 0 : byte_end].decode()
+        kind = found.media_type or MediaType.TEXT
+        size = len(found.content)
+        return StoredDocument(found.id, found.source, found.title, kind, found.metadata, 1, size, text, byte_start or 0)
+
+    async def search(self, tenant: str, request: SearchRequest) -> SearchResult:
+        self.searches.append((tenant, request))
+        hits = []
+        for label, found in enumerate(self.collection(tenant, request.collection).values()):
+            text = found.content.decode()
+            count = len(set(request.text.split()) & set(text.split()))
+            chunk = Chunk(
+                label, f"c{label}", found.id, found.source or found.id, found.title, 0, len(found.content), text, 1
+            )
+            hits.append(Hit(replace(chunk, metadata=found.metadata), count, lexical=StageScore(1, count)))
+        best = sorted((hit for hit in hits if hit.score), key=lambda hit: -hit.score)
+        return SearchResult(tuple(best[: request.top_k]), embedding_tokens=len(request.text.split()))
+
+    def collection(self, tenant: str, name: str) -> dict[str, Document]:
+        if (tenant, name) not in self.documents:
+            raise CollectionNotFound(f"there is no collection {name!r}", resource_type="", resource_name=name)
+        return self.documents[tenant, name]

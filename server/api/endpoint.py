@@ -9,8 +9,8 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -67,7 +67,8 @@ class Stream:
 class Method:
     """`run` is `async (request, caller) -> response`, or `async (request, caller, stream) -> None` if it streams.
 
-    Where the client streams, `request` is the asynchronous iterator of its messages.
+    Where the client streams, `request` is the asynchronous iterator of its messages. It raises InvalidRequest for
+    what is no message; the bounds of one are for `run` to check, which may go on after a wrong one.
     """
 
     service: str
@@ -205,39 +206,52 @@ class Endpoint:
 
     async def _run(self, caller: Caller, context: Context) -> None:
         stream = Stream(context, self._slow_reader_timeout)
-        request = self._requests(caller, context)
-        if not self._method.client_streams:
-            request = await anext(request, None)
-            if request is None:
-                raise InvalidRequest("the call ended without a request message")
-        if self._method.server_streams:
-            await self._method.run(request, caller, stream)
-        else:
-            await stream.write(await self._method.run(request, caller))
+        async with aclosing(self._requests(caller, context)) as requests:
+            request: AsyncIterator[Message] | Message = requests
+            if not self._method.client_streams:
+                request = await self._only(requests)
+            if self._method.server_streams:
+                await self._method.run(request, caller, stream)
+            else:
+                await stream.write(await self._method.run(request, caller))
 
-    async def _requests(self, caller: Caller, context: Context) -> AsyncIterator[Message]:
-        """The request messages; only the first one must come in time."""
-        seconds: float | None = BODY_TIMEOUT
-        while (request := await self._read(caller, context, seconds)) is not None:
-            seconds = None
-            yield request
+    async def _only(self, requests: AsyncIterator[Message]) -> Message:
+        """The one request message, checked."""
+        request = await anext(requests, None)
+        if request is None:
+            raise InvalidRequest("the call ended without a request message")
+        if self._method.is_ours:
+            bounds.check(request)
+        return request
 
-    async def _read(self, caller: Caller, context: Context, seconds: float | None = None) -> Message | None:
-        """The next request message, checked; None after the last. It must come within `seconds`."""
+    async def _requests(self, caller: Caller, context: Context) -> AsyncGenerator[Message, None]:
+        """The request messages; only the first one must come in time. A tenant's stream bounds its calls itself."""
         is_public = self._method.policy is Policy.PUBLIC
+        is_bounded = self._method.client_streams and not is_public
+        seconds = None if is_bounded else BODY_TIMEOUT
+        while True:
+            line = self._strangers.place() if is_public else nullcontext() if is_bounded else self._bodies[caller]
+            raw = await self._read(context, line, seconds)
+            if raw is None:
+                return
+            seconds = None
+            yield self._parse(raw)
+
+    async def _read(
+        self, context: Context, line: AbstractAsyncContextManager[None], seconds: float | None
+    ) -> bytes | None:
+        """The next message, None after the last: read within `line`, where others wait, and within `seconds`."""
         try:
-            async with self._strangers.place() if is_public else self._bodies[caller], asyncio.timeout(seconds):
+            async with line, asyncio.timeout(seconds):
                 raw = await context.read()
         except TimeoutError:
             raise DeadlineExceeded(f"no complete request message came within {seconds:g} seconds") from None
-        if not isinstance(raw, bytes):
-            return None
+        return raw if isinstance(raw, bytes) else None
+
+    def _parse(self, raw: bytes) -> Message:
         try:
-            request = self._method.request.FromString(raw)
+            return self._method.request.FromString(raw)
         except DecodeError as error:
             kind = self._method.request.DESCRIPTOR
             broken = broken_field(kind, raw) or FieldViolation("request", f"is no valid {kind.full_name}: {error}")
             raise InvalidRequest.at(broken.field, broken.description) from None
-        if self._method.is_ours:
-            bounds.check(request)
-        return request

@@ -48,11 +48,11 @@ MODES = {
 }
 
 
-def document(message: pb.Document) -> Document:
-    """Raises InvalidRequest for metadata that no filter could test."""
+def document(message: pb.Document, content: bytes) -> Document:
+    """`content` is all of it. Raises InvalidRequest for metadata that no filter could test."""
     return Document(
         id=message.id,
-        content=message.content,
+        content=content,
         source=message.source,
         title=message.title,
         media_type=MEDIA_TYPES.get(message.media_type),

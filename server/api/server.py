@@ -5,13 +5,12 @@ import asyncio
 import grpc
 from prometheus_client import Counter
 
-from millrace.retrieval.library import Library
 from millrace.server.api import methods
 from millrace.server.api.embedding import EmbeddingServicer
 from millrace.server.api.endpoint import Authenticate, Endpoint, Strangers
 from millrace.server.api.health import HealthServicer
 from millrace.server.api.listen import check_exposure, credentials, target, why_not
-from millrace.server.api.retrieval import RetrievalServicer
+from millrace.server.api.retrieval import Library, RetrievalServicer
 from millrace.server.api.servicers import GenerationServicer, ModelServicer, TokenizerServicer
 from millrace.server.config import ServerConfig
 from millrace.server.gateway.gateway import Gateway

@@ -2,7 +2,7 @@
 
 from contextlib import aclosing
 
-from millrace.server.api import convert
+from millrace.server.api import requests, responses
 from millrace.server.api.endpoint import Stream
 from millrace.server.api.paging import page_name, page_token
 from millrace.server.errors import Aborted, Drained, Draining, EngineLost, EngineRestarting
@@ -20,7 +20,7 @@ class GenerationServicer:
         self._gateway = gateway
 
     async def generate(self, message: pb.GenerateRequest, caller: Caller) -> pb.GenerateResponse:
-        request = convert.generate_request(message)
+        request = requests.generate_request(message)
         try:
             async with aclosing(self._gateway.generate(caller, request)) as events:
                 answer = collect([event async for event in events])
@@ -28,18 +28,18 @@ class GenerationServicer:
             raise EngineRestarting("the engine is restarting; retry the request") from error
         except Drained as error:  # nor of this
             raise Draining(error.message) from error
-        return convert.generate_response(answer, with_token_ids=request.output.token_ids)
+        return responses.generate_response(answer, with_token_ids=request.output.token_ids)
 
     async def stream_generate(self, message: pb.GenerateRequest, caller: Caller, stream: Stream) -> None:
         """Number the events. Pacing: while a write waits, what the backend makes merges behind it."""
-        request = convert.generate_request(message)
+        request = requests.generate_request(message)
         sequence, resume = 0, {}
         try:
             async with aclosing(self._gateway.generate(caller, request)) as events:
                 async for event in events:
                     if isinstance(event, Started):
                         resume = {"request_id": event.request_id, "seed": str(event.sampling.seed)}
-                    await stream.write(convert.stream_response(sequence + 1, event))
+                    await stream.write(responses.stream_response(sequence + 1, event))
                     sequence += 1
         except Aborted as error:
             error.metadata |= {**resume, "last_sequence": str(sequence)}
@@ -64,14 +64,14 @@ class TokenizerServicer:
 
     async def detokenize(self, message: tokenizer_pb2.DetokenizeRequest, _: Caller) -> tokenizer_pb2.DetokenizeResponse:
         skip_special_tokens = message.skip_special_tokens if message.HasField("skip_special_tokens") else True
-        sequences = [convert.token_ids(one, f"sequences[{i}]") for i, one in enumerate(message.sequences)]
+        sequences = [requests.token_ids(one, f"sequences[{i}]") for i, one in enumerate(message.sequences)]
         texts = await self._gateway.detokenize(message.model, sequences, skip_special_tokens)
         return tokenizer_pb2.DetokenizeResponse(texts=texts)
 
     async def render_chat(
         self, message: tokenizer_pb2.RenderChatRequest, _: Caller
     ) -> tokenizer_pb2.RenderChatResponse:
-        text, ids = await self._gateway.render_chat(message.model, convert.chat_prompt(message.chat))
+        text, ids = await self._gateway.render_chat(message.model, requests.chat_prompt(message.chat))
         return tokenizer_pb2.RenderChatResponse(text=text, token_ids=pb.TokenIds(ids=ids))
 
 
@@ -86,9 +86,9 @@ class ModelServicer:
         size = message.page_size or DEFAULT_PAGE_SIZE
         page = cards[:size]
         return model_pb2.ListModelsResponse(
-            models=[convert.model(card, self._max_request_bytes) for card in page],
+            models=[responses.model(card, self._max_request_bytes) for card in page],
             next_page_token=page_token(page[-1].name) if len(cards) > size else "",
         )
 
     async def get_model(self, message: model_pb2.GetModelRequest, _: Caller) -> model_pb2.Model:
-        return convert.model(self._gateway.model(message.name), self._max_request_bytes)
+        return responses.model(self._gateway.model(message.name), self._max_request_bytes)

@@ -7,7 +7,7 @@ from typing import Any
 
 import grpc
 import pytest
-from fakes import FakeBackend
+from fakes import FakeBackend, FakeLibrary
 from google.rpc import error_details_pb2
 from google.rpc.status_pb2 import Status
 
@@ -21,7 +21,13 @@ from millrace.server.telemetry.metrics import Metrics
 from millrace.server.text.template import ChatTemplate
 from millrace.server.text.tokenizer import Tokenizer
 from millrace.server.types import Caller
-from millrace.v1 import generation_pb2_grpc, model_pb2_grpc, tokenizer_pb2_grpc
+from millrace.v1 import (
+    embedding_pb2_grpc,
+    generation_pb2_grpc,
+    model_pb2_grpc,
+    retrieval_pb2_grpc,
+    tokenizer_pb2_grpc,
+)
 
 KEY = (("authorization", "Bearer good"),)
 
@@ -39,7 +45,7 @@ def anyone(_: str | None) -> Caller:
 class House:
     """A server and a client of it. Every answer is `script`, then the end-of-sequence token."""
 
-    def __init__(self, card: ModelCard, config: ServerConfig, *, keys: bool, max_context: int):
+    def __init__(self, card: ModelCard, config: ServerConfig, *, keys: bool, max_context: int, with_library: bool):
         self.tokenizer = card.tokenizer
         self.eos = next(iter(card.stop_token_ids))
         self.script = self.tokenizer.encode("one two three four five", add_special_tokens=False)
@@ -47,8 +53,9 @@ class House:
         self.limit = 1000
         self.limits = Limits(lambda tenant: self.limit)
         self.metrics = Metrics()
+        self.library: FakeLibrary | None = FakeLibrary() if with_library else None
         self.gateway = Gateway(Routes([replace(card, backend=self.backend)]), self.limits, self.metrics)
-        self.server = ApiServer(self.gateway, config, authenticate if keys else anyone, max_context)
+        self.server = ApiServer(self.gateway, config, authenticate if keys else anyone, max_context, self.library)
 
     async def open(self) -> None:
         self.port = await self.server.start()
@@ -57,6 +64,8 @@ class House:
         self.generation = generation_pb2_grpc.GenerationServiceStub(self.channel)
         self.models = model_pb2_grpc.ModelServiceStub(self.channel)
         self.tokens = tokenizer_pb2_grpc.TokenizerServiceStub(self.channel)
+        self.retrieval = retrieval_pb2_grpc.RetrievalServiceStub(self.channel)
+        self.embedding = embedding_pb2_grpc.EmbeddingServiceStub(self.channel)
 
     def connect(self, *options: tuple[str, int]) -> grpc.aio.Channel:
         return grpc.aio.insecure_channel(
@@ -86,9 +95,11 @@ def card() -> ModelCard:
 @pytest.fixture
 def open_house(card: ModelCard):  # type: ignore[no-untyped-def]  # the type of a context manager factory says nothing
     @asynccontextmanager
-    async def factory(*, keys: bool = False, max_context: int = 256, **settings: object) -> AsyncIterator[House]:
+    async def factory(
+        *, keys: bool = False, max_context: int = 256, with_library: bool = True, **settings: object
+    ) -> AsyncIterator[House]:
         config = ServerConfig.model_validate({"host": "127.0.0.1", "port": 0, **settings})
-        house = House(card, config, keys=keys, max_context=max_context)
+        house = House(card, config, keys=keys, max_context=max_context, with_library=with_library)
         await house.open()
         try:
             yield house

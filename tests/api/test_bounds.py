@@ -11,10 +11,10 @@ from google.protobuf.message_factory import GetMessageClass
 
 from millrace.server.api import bounds
 from millrace.server.errors import InvalidRequest
+from millrace.v1 import embedding_pb2, model_pb2, retrieval_pb2, tokenizer_pb2
 from millrace.v1 import generation_pb2 as pb
-from millrace.v1 import model_pb2, tokenizer_pb2
 
-FILES = (pb.DESCRIPTOR, model_pb2.DESCRIPTOR, tokenizer_pb2.DESCRIPTOR)
+FILES = tuple(file.DESCRIPTOR for file in (pb, model_pb2, tokenizer_pb2, retrieval_pb2, embedding_pb2))
 REALS = (Field.CPPTYPE_FLOAT, Field.CPPTYPE_DOUBLE)
 
 

@@ -132,8 +132,10 @@ async def test_reflection_lists_and_describes_the_services(house) -> None:
     ]
     listed, described, missing = [answer async for answer in stub.ServerReflectionInfo(iter(requests))]
     assert {service.name for service in listed.list_services_response.service} == {
+        "millrace.v1.EmbeddingService",
         "millrace.v1.GenerationService",
         "millrace.v1.ModelService",
+        "millrace.v1.RetrievalService",
         "millrace.v1.TokenizerService",
         "grpc.health.v1.Health",
         "grpc.reflection.v1alpha.ServerReflection",
