@@ -67,16 +67,14 @@ def emit(event: str, **values: Any) -> None:
 def report_loading() -> Progress:
     """A progress callback that says no more than it must: a line for each per cent.
 
-    It counts bytes of one model, from 0, after those of another.
+    The bytes of one model, told by another total, count after those of the one before.
     """
-    before = latest_done = latest_total = 0
-    last = -1
+    before, current, last = 0, 0, -1
 
     def progress(done: int, total: int) -> None:
-        nonlocal before, latest_done, latest_total, last
-        if done < latest_done:
-            before += latest_total
-        latest_done, latest_total = done, total
+        nonlocal before, current, last
+        if total != current:
+            before, current = before + current, total
         percent = 100 * (before + done) // max(before + total, 1)
         if percent != last:
             last = percent

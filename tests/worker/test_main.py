@@ -27,7 +27,7 @@ from millrace.server.backends.worker_client import EngineClient
 from millrace.server.config import SupervisorConfig
 from millrace.server.errors import AddressInUse, ConfigError, EngineLost, Unavailable
 from millrace.server.worker.listen import TLSFiles, bind
-from millrace.server.worker.main import parse_arguments, read_engine_config, read_tls
+from millrace.server.worker.main import parse_arguments, read_engine_config, read_tls, report_loading
 
 WORKER = [sys.executable, str(Path(__file__).parents[1] / "scripted_worker.py")]
 
@@ -113,6 +113,16 @@ def test_engine_settings_are_checked(text: str, message: str) -> None:
 def test_tls_files_belong_together() -> None:
     with pytest.raises(ConfigError, match="belong together"):
         read_tls(parse_arguments(["--listen", "127.0.0.1:0", "--tls-cert", "x.pem"]))
+
+
+def test_loading_counts_up_from_one_model_to_the_next(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = report_loading()
+    for done, total in ((10, 1000), (11, 1000), (1000, 1000), (2000, 3000), (2001, 3000), (3000, 3000)):
+        progress(done, total)
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(event["done"], event["total"]) for event in events] == [
+        (10, 1000), (1000, 1000), (3000, 4000), (4000, 4000)
+    ]  # fmt: skip
 
 
 def test_a_bug_while_loading_is_a_traceback_for_the_log_and_a_line_for_the_gateway(tmp_path: Path) -> None:
