@@ -75,8 +75,9 @@ class ReferenceModel:
         x = self._embed(batch, token_ids)
         if self.spec.causal:
             return self._run_layers(x, self._plan(batch))
-        texts = pairwise(batch.offsets.tolist())
-        return torch.cat([self._run_layers(x[begin:end].clone(), None) for begin, end in texts])
+        for begin, end in pairwise(batch.offsets.tolist()):
+            x[begin:end] = self._run_layers(x[begin:end].clone(), None)
+        return x
 
     def finish(self, hidden: Tensor) -> Tensor:
         """The final norm, where there is one."""
