@@ -51,11 +51,15 @@ class Stream:
 
     def __init__(self, context: Context, slow_reader_timeout: float):
         self._context, self._timeout = context, slow_reader_timeout
+        self._begun = False
 
     async def write(self, message: Message) -> None:
         """Send a message. Raises SlowReader if the client's window stays full for too long."""
         try:
             async with asyncio.timeout(self._timeout):
+                if not self._begun:  # gRPC would send them with a first message; while that is stuck, no status goes out
+                    self._begun = True
+                    await self._context.send_initial_metadata(())
                 await self._context.write(message.SerializeToString())
         except TimeoutError:
             raise SlowReader(

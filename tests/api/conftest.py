@@ -1,6 +1,6 @@
 """The real server on a real port, over a real gateway whose backend is a fake."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -45,7 +45,9 @@ def anyone(_: str | None) -> Caller:
 class House:
     """A server and a client of it. Every answer is `script`, then the end-of-sequence token."""
 
-    def __init__(self, card: ModelCard, config: ServerConfig, *, keys: bool, max_context: int, with_library: bool):
+    def __init__(
+        self, card: ModelCard, config: ServerConfig, library: FakeLibrary | None, *, keys: bool, max_context: int
+    ):
         self.tokenizer = card.tokenizer
         self.eos = next(iter(card.stop_token_ids))
         self.script = self.tokenizer.encode("one two three four five", add_special_tokens=False)
@@ -53,9 +55,9 @@ class House:
         self.limit = 1000
         self.limits = Limits(lambda tenant: self.limit)
         self.metrics = Metrics()
-        self.library: FakeLibrary | None = FakeLibrary() if with_library else None
+        self.library = library
         self.gateway = Gateway(Routes([replace(card, backend=self.backend)]), self.limits, self.metrics)
-        self.server = ApiServer(self.gateway, config, authenticate if keys else anyone, max_context, self.library)
+        self.server = ApiServer(self.gateway, config, authenticate if keys else anyone, max_context, library)
 
     async def open(self) -> None:
         self.port = await self.server.start()
@@ -96,10 +98,14 @@ def card() -> ModelCard:
 def open_house(card: ModelCard):  # type: ignore[no-untyped-def]  # the type of a context manager factory says nothing
     @asynccontextmanager
     async def factory(
-        *, keys: bool = False, max_context: int = 256, with_library: bool = True, **settings: object
+        *,
+        keys: bool = False,
+        max_context: int = 256,
+        library: Callable[[], FakeLibrary | None] = FakeLibrary,
+        **settings: object,
     ) -> AsyncIterator[House]:
         config = ServerConfig.model_validate({"host": "127.0.0.1", "port": 0, **settings})
-        house = House(card, config, keys=keys, max_context=max_context, with_library=with_library)
+        house = House(card, config, library(), keys=keys, max_context=max_context)
         await house.open()
         try:
             yield house
