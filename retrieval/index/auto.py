@@ -9,6 +9,8 @@ from millrace.retrieval.index.flat import FlatIndex
 from millrace.retrieval.index.hnsw import HnswIndex
 from millrace.server.errors import IndexDamaged
 
+# Both take as long at about 5,000 vectors of 384 dimensions; at 10,000 an exact search takes 0.8 ms, the graph a third
+# of that, three seconds to build and 0.2 to 0.5 % of the neighbours (bench/index.py).
 FLAT_UNTIL = 10_000
 
 

@@ -21,9 +21,10 @@ class Neighbours(NamedTuple):
 class VectorIndex(Protocol):
     """Vectors by label, compared by cosine similarity. Vectors are normalised by the index.
 
-    A label is a number in [0, 2^63), never reused for another vector. One writer at a time; searches may run in
-    other threads beside it. Every method that takes vectors raises InvalidVector at a wrong dimension, a NaN or
-    infinity, or a vector of zeros, and then changes nothing.
+    A label is a number in [0, 2^63). One writer (add, remove, save, load) at a time; searches may run in other
+    threads beside it, and never return a label that is not there or not allowed, nor another's score. Every method
+    that takes vectors raises InvalidVector at a wrong dimension, a NaN or infinity, or a vector of zeros, and then
+    changes nothing.
     """
 
     @property
@@ -49,13 +50,16 @@ class VectorIndex(Protocol):
         ef_search: int | None = None,
         exact: bool = False,
     ) -> Neighbours:
-        """The k nearest to query [dimensions] among `allowed` (ascending; None: all).
+        """The k in [1, 1000] nearest to query [dimensions] among `allowed` (ascending, each once; None: all).
 
-        `ef_search` widens an approximate search; `exact` asks for the true neighbours, at the cost of time.
+        Equal scores are ordered by label. `ef_search`, in [1, 2048], widens an approximate search; `exact` asks for
+        the true neighbours, at the cost of time. Raises InvalidRequest out of these ranges.
         """
 
     def save(self, path: Path, model: str) -> None:
-        """Write an image: whole or not at all. `model` is the digest of what made the vectors."""
+        """Write an image: whole or not at all (OSError). `model` is the digest of what made the vectors."""
 
     def load(self, path: Path, model: str) -> None:
-        """Replace the contents by an image. Raises IndexDamaged unless it is whole, of this dimension and model."""
+        """Replace the contents by an image. Raises IndexDamaged, and changes nothing, unless it is whole and of
+        this dimension and model.
+        """

@@ -139,6 +139,38 @@ def test_nothing_but_copies() -> None:
     assert index.search(np.ones(8, np.float32), 10).labels.tolist() == [1]
 
 
+def test_fewer_vectors_than_the_search_is_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    index = HnswIndex(DIMENSIONS, ef_search=200)
+    index.add(range(4500), np.tile(VECTORS[:150], (30, 1)))
+    assert graph_answers(index, monkeypatch, queries=VECTORS[:20])
+    assert recall(index, VECTORS[:150]) == 1
+
+
+def test_what_the_graph_cannot_reach_is_searched_exactly(index: HnswIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Unreachable:
+        element_count = COUNT
+
+        def knn_query(self, unit: Float32, k: int) -> None:
+            raise RuntimeError("Cannot return the results in a contiguous 2D array")
+
+    monkeypatch.setattr(index._parts[1], "_index", Unreachable())
+    assert not graph_answers(index, monkeypatch)
+    assert recall(index) == 1
+
+
+def test_an_image_keeps_what_was_deleted(index: HnswIndex, tmp_path: Path) -> None:
+    index.remove(range(400))
+    index.save(tmp_path / "index", "model")
+    again = HnswIndex(DIMENSIONS)
+    again.load(tmp_path / "index", "model")
+    assert again._parts[1].wear == index._parts[1].wear == 0.1
+    again.add(range(400), VECTORS[:400])
+    assert again.labels().tolist() == list(range(COUNT))
+    assert recall(again, VECTORS[:400:10]) >= 0.98
+    again.remove(range(int(MAX_WEAR * COUNT) + 1))
+    assert again._parts[1].wear == 0
+
+
 def test_width_is_the_querys_own(index: HnswIndex) -> None:
     """Searches of different width in other threads do not change each other's."""
     query, k = QUERIES[0], 2
