@@ -31,6 +31,13 @@ class Outdated(NamedTuple):
     span: ChunkSpan
 
 
+def present(db: sqlite3.Connection, collection: Collection, labels: Sequence[int]) -> list[int]:
+    """Those of `labels` that are, still, of this collection, in their order."""
+    query = "SELECT label FROM chunks WHERE label IN (SELECT value FROM json_each(?)) AND collection = ?"
+    found = {label for (label,) in db.execute(query, (json.dumps(labels), collection.id))}
+    return [label for label in labels if label in found]
+
+
 def hydrate(db: sqlite3.Connection, collection: Collection, labels: Sequence[int]) -> dict[int, Chunk]:
     """The chunks behind labels; those that are not, or no longer, of this collection are left out."""
     collection = catalog.again(db, collection)

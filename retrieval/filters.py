@@ -15,10 +15,13 @@ Scalar = str | float | bool
 
 
 class Where(NamedTuple):
-    """`labels`: a SELECT of the chunks that pass, in no order; empty: all do. `values`: its named parameters."""
+    """`labels`: a SELECT of the chunks that pass, in no order; empty: all do. `values`: its parameters, in order.
+
+    They have no names: SQLite takes quadratic time to bind many that do.
+    """
 
     labels: str
-    values: dict[str, str | float | int]
+    values: tuple[Scalar, ...]
 
 
 def normalised(metadata: Metadata) -> dict[str, MetadataValue]:
@@ -44,33 +47,30 @@ def typed_values(metadata: Metadata) -> Iterator[tuple[str, str, Scalar]]:
 def where(collection: int, conditions: Filter) -> Where:
     """Raises InvalidRequest for a condition without exactly one test, or with a number that is none."""
     if not conditions:
-        return Where("", {})
+        return Where("", ())
     tests: list[str] = []
-    values: dict[str, str | float | int] = {"collection": collection}
+    values: list[Scalar] = []
     for n, condition in enumerate(conditions):
+        test, of_test = _test(f"filter[{n}]", condition)
         tests.append(
-            f"document IN (SELECT document FROM metadata WHERE collection = :collection AND key = :key_{n} "
-            f"AND {_test(n, condition, values)})"
+            f"document IN (SELECT document FROM metadata WHERE collection = {collection:d} AND key = ? AND {test})"
         )
-        values[f"key_{n}"] = condition.key
-    return Where(f"SELECT label FROM chunks WHERE collection = :collection AND {' AND '.join(tests)}", values)
+        values += [condition.key, *of_test]
+    return Where(f"SELECT label FROM chunks WHERE collection = {collection:d} AND {' AND '.join(tests)}", tuple(values))
 
 
-def _test(n: int, condition: Condition, values: dict[str, str | float | int]) -> str:
-    """SQL over kind and value; puts its parameters into `values`."""
-    ends = [end for end in (condition.at_least, condition.at_most) if end is not None]
-    if (condition.equals is not None) + bool(condition.any_of) + bool(ends) != 1:
-        raise InvalidRequest.at(f"filter[{n}]", "needs exactly one of equals, any_of and range")
-    if ends:
-        values[f"low_{n}"], values[f"high_{n}"] = (
-            _number(f"filter[{n}].range", -math.inf if condition.at_least is None else condition.at_least),
-            _number(f"filter[{n}].range", math.inf if condition.at_most is None else condition.at_most),
-        )
-        return f"kind = 'number' AND value BETWEEN :low_{n} AND :high_{n}"
+def _test(field: str, condition: Condition) -> tuple[str, list[Scalar]]:
+    """SQL over kind and value, with its parameters."""
+    low, high = condition.at_least, condition.at_most
+    in_range = low is not None or high is not None
+    if (condition.equals is not None) + bool(condition.any_of) + in_range != 1:
+        raise InvalidRequest.at(field, "needs exactly one of equals, any_of and range")
+    if in_range:
+        ends = (-math.inf if low is None else low, math.inf if high is None else high)
+        return "kind = 'number' AND value BETWEEN ? AND ?", [_number(f"{field}.range", end) for end in ends]
     wanted = condition.any_of if condition.equals is None else (condition.equals,)
-    values.update({f"value_{n}_{i}": _scalar(f"filter[{n}]", value) for i, value in enumerate(wanted)})
-    rows = (f"('{_kind(value)}', :value_{n}_{i})" for i, value in enumerate(wanted))
-    return f"(kind, value) IN (VALUES {', '.join(rows)})"
+    rows = ", ".join(f"('{_kind(value)}', ?)" for value in wanted)
+    return f"(kind, value) IN (VALUES {rows})", [_scalar(field, value) for value in wanted]
 
 
 def _kind(value: Scalar) -> str:

@@ -54,8 +54,8 @@ def search(db: sqlite3.Connection, collection: int, question: str, k: int, where
     table = fulltext(collection)
     allowed = f"AND rowid IN ({where.labels})" if where.labels else ""
     rows = db.execute(
-        f"SELECT rowid, -rank FROM {table} WHERE {table} MATCH :expression "
-        f"AND rank MATCH 'bm25(1.0, {CONTEXT_WEIGHT})' {allowed} ORDER BY rank, rowid LIMIT :k",
-        {**where.values, "expression": expression, "k": k},
+        f"SELECT rowid, -rank FROM {table} WHERE {table} MATCH ? "
+        f"AND rank MATCH 'bm25(1.0, {CONTEXT_WEIGHT})' {allowed} ORDER BY rank, rowid LIMIT ?",
+        (expression, *where.values, k),
     ).fetchall()
     return Ranked([label for label, _ in rows], [score for _, score in rows])

@@ -19,7 +19,7 @@ from millrace.retrieval.lexical import Ranked
 from millrace.retrieval.types import Chunk, Hit, SearchMode, SearchRequest, SearchResult, SearchTimings, StageScore
 from millrace.server.errors import InvalidRequest, InvalidVector, Unavailable
 
-ATTEMPTS = 3  # where what the stages found is deleted before it can be read
+ATTEMPTS = 10  # where what the stages found is replaced before it can be read
 NOTHING = Ranked([], [])
 
 
@@ -32,12 +32,12 @@ class Query(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What the stages found. `chunks`: what could be read of `best`, which are labels with scores, best first."""
+    """What the stages found. `best`: chunks with scores, best first; `lost`: some candidate was gone by then."""
 
     lexical: Ranked
     vector: Ranked
-    best: list[tuple[int, float]]
-    chunks: dict[int, Chunk]
+    best: list[tuple[Chunk, float]]
+    lost: bool
     lexical_us: int
     vector_us: int
 
@@ -63,7 +63,7 @@ class Retriever:
         try:
             found = await self._stages(collection, request, mode, where, query)
             for _ in range(ATTEMPTS - 1):
-                if len(found.chunks) == len(found.best):
+                if not found.lost:
                     break
                 found = await self._stages(collection, request, mode, where, query)
             return _result(found, await query, _since(began))
@@ -85,14 +85,13 @@ class Retriever:
         )
         by_vector, vector_us = await self._vector_stage(collection, request, (await query).vector, allowed)
         if mode is SearchMode.HYBRID:
-            best = reciprocal_rank_fusion([by_vector.labels, by_words.labels])
+            scores = dict(reciprocal_rank_fusion([by_vector.labels, by_words.labels]))
         else:
             ranked = by_words if mode is SearchMode.LEXICAL else by_vector
-            best = list(zip(ranked.labels, ranked.scores, strict=True))
-        best = best[: request.top_k]
-        labels = [label for label, _ in best]
-        read = await self._database.read(lambda db: chunks.hydrate(db, collection, labels))
-        return Found(by_words, by_vector, best, read, lexical_us, vector_us)
+            scores = dict(zip(ranked.labels, ranked.scores, strict=True))
+        read, lost = await self._database.read(lambda db: _read(db, collection, list(scores), request.top_k))
+        best = [(chunk, scores[chunk.label]) for chunk in read]
+        return Found(by_words, by_vector, best, lost, lexical_us, vector_us)
 
     async def _query(self, tenant: str, request: SearchRequest, collection: Collection, mode: SearchMode) -> Query:
         if mode is SearchMode.LEXICAL:
@@ -164,13 +163,18 @@ def _lexical_stage(
     return ranked, allowed, _since(began)
 
 
+def _read(db: sqlite3.Connection, collection: Collection, labels: list[int], top_k: int) -> tuple[list[Chunk], bool]:
+    """The first chunks that are there, and whether others of `labels` are not."""
+    present = chunks.present(db, collection, labels)
+    best = present[:top_k]
+    read = chunks.hydrate(db, collection, best)
+    return [read[label] for label in best], len(present) < len(labels)
+
+
 def _result(found: Found, query: Query, total_us: int) -> SearchResult:
-    """Chunks that are gone by now are left out."""
     by_words, by_vector = _stage_scores(found.lexical), _stage_scores(found.vector)
     hits = tuple(
-        Hit(found.chunks[label], score, by_words.get(label), by_vector.get(label))
-        for label, score in found.best
-        if label in found.chunks
+        Hit(chunk, score, by_words.get(chunk.label), by_vector.get(chunk.label)) for chunk, score in found.best
     )
     timings = SearchTimings(query.microseconds, found.lexical_us, found.vector_us, total_us)
     return SearchResult(hits, timings, query.tokens)
