@@ -1,6 +1,7 @@
 """Generation and embeddings in turns on one thread."""
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 from millrace.server.engine.embedding import EmbeddingEngine
@@ -10,20 +11,29 @@ from millrace.server.engine.texts import TextRequest
 from millrace.server.errors import FeatureUnsupported
 from millrace.server.types import EmbedderInfo
 
-# Tokens of an embedding step: few while streams wait for their next token, more while nobody does.
-BESIDE_GENERATION = 512
-ALONE = 2048
+# Tokens of an embedding step, which whatever arrives has to wait for. An encoder gains nothing from more.
+STEP_TOKENS = 512
 
 
 class CombinedEngine:
     """What a worker runs: a turn is one step of generation and at most one of embedding, if there is an embedder.
 
+    Texts that somebody waits for have a step in every turn. Those of the background take no more time than
+    generation does, while that has work: after a step of theirs, generation runs alone for as long.
+
     Sequences and texts share their numbers.
     """
 
-    def __init__(self, generation: Engine, embedding: EmbeddingEngine | None = None):
+    def __init__(
+        self,
+        generation: Engine,
+        embedding: EmbeddingEngine | None = None,
+        clock_us: Callable[[], int] = lambda: time.monotonic_ns() // 1000,
+    ):
         self.info = generation.info
         self._generation, self._embedding = generation, embedding
+        self._clock_us = clock_us
+        self._owed_us = 0  # to generation, for the last step of embedding
 
     @property
     def embedder(self) -> EmbedderInfo | None:
@@ -59,13 +69,16 @@ class CombinedEngine:
 
     def step(self) -> StepOutput:
         """The turn's news; its time is that of both steps."""
-        budget = BESIDE_GENERATION if self._generation.has_work else ALONE
+        generates, started = self._generation.has_work, self._clock_us()
         output = self._generation.step()
-        if self._embedding and self._embedding.has_work:
-            started = time.monotonic_ns()
-            self._embedding.step(budget, output)
-            embedding_us = (time.monotonic_ns() - started) // 1000
-            output.stats = replace(output.stats, step_us=output.stats.step_us + embedding_us)
+        generated = self._clock_us()
+        self._owed_us -= generated - started
+        embedding = self._embedding
+        if embedding and (embedding.is_urgent or (embedding.has_work and not (generates and self._owed_us > 0))):
+            embedding.step(STEP_TOKENS, output)
+            embedded = self._clock_us()
+            self._owed_us = embedded - generated
+            output.stats = replace(output.stats, step_us=embedded - started)
         return output
 
     def check(self) -> None:

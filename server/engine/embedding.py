@@ -40,6 +40,11 @@ class EmbeddingEngine:
         return bool(self._urgent or self._background)
 
     @property
+    def is_urgent(self) -> bool:
+        """Whether a text waits that is not of the background."""
+        return bool(self._urgent)
+
+    @property
     def progress(self) -> int:
         """Grows with every layer and every step; any thread may read it."""
         return self._executor.progress + self._steps

@@ -8,10 +8,10 @@ from millrace.server.engine.combined import CombinedEngine
 from millrace.server.errors import FeatureUnsupported
 
 
-def make_combined(**settings):
+def make_combined(clock=lambda: 0, **settings):
     generation, executor, _ = make_engine(**settings)
     embedding, encoder = make_embedding()
-    return CombinedEngine(generation, embedding), executor, encoder
+    return CombinedEngine(generation, embedding, clock), executor, encoder
 
 
 def test_streams_get_a_step_each_turn_however_many_texts_wait():
@@ -22,11 +22,60 @@ def test_streams_get_a_step_each_turn_however_many_texts_wait():
     for turn in range(12):
         output = engine.step()
         assert [token.sequence_id for token in output.tokens] == [1]
-        assert len(output.embedded) == combined.BESIDE_GENERATION // 16
+        assert len(output.embedded) == combined.STEP_TOKENS // 16
         assert len(executor.batches) == len(encoder.steps) == turn + 1 == output.step
-    output = engine.step()  # nobody waits for a token any more
-    assert len(output.embedded) == combined.ALONE // 16
-    assert not output.tokens
+
+
+class Costs:
+    """A clock: what a step of each executor costs, in microseconds."""
+
+    def __init__(self, generation, embedding):
+        self.of = {"generation": generation, "embedding": embedding}
+        self.now = 0
+
+    def __call__(self):
+        return self.now
+
+    def charge(self, executor, kind):
+        collect = executor.collect
+
+        def charged(ticket):
+            self.now += self.of[kind]
+            return collect(ticket)
+
+        executor.collect = charged
+
+
+def make_costly(generation, embedding):
+    costs = Costs(generation, embedding)
+    engine, executor, encoder = make_combined(costs)
+    costs.charge(executor, "generation")
+    costs.charge(encoder, "embedding")
+    for sequence_id in range(1000):
+        engine.embed(make_text(1000 + sequence_id, range(16), background=True))
+    return engine
+
+
+@pytest.mark.parametrize(("embedding", "turns"), [(100, 10), (95, 10), (10, 1), (1, 1)])
+def test_the_background_takes_no_more_time_than_streams_do(embedding, turns):
+    engine = make_costly(10, embedding)
+    engine.submit(make_request(1, max_output_tokens=30))
+    embeds = [bool(engine.step().embedded) for _ in range(30)]
+    assert embeds == [turn % turns == 0 for turn in range(30)]
+    while engine.has_work:  # nobody waits for a token any more
+        assert engine.step().embedded
+
+
+def test_a_question_does_not_wait_for_a_share():
+    engine = make_costly(10, 100)
+    engine.submit(make_request(1, max_output_tokens=30))
+    assert engine.step().stats.step_us == 110
+    for sequence_id in (2, 3, 4):
+        engine.embed(make_text(sequence_id))
+        output = engine.step()
+        assert [embedded.sequence_id for embedded in output.embedded] == [sequence_id]
+        assert output.stats.step_us == 110
+    assert not engine.step().embedded
 
 
 def test_a_question_is_embedded_in_the_next_turn_whatever_waits():
@@ -87,7 +136,7 @@ def test_failures_of_either_engine_leave_the_other_alone(caplog):
     assert [embedded.sequence_id for embedded in output.embedded] == [3]
 
 
-def test_the_state_of_both_shows(monkeypatch):
+def test_the_state_of_both_shows():
     engine, executor, encoder = make_combined()
     assert engine.embedder == EMBEDDER
     assert not engine.has_work
@@ -97,9 +146,6 @@ def test_the_state_of_both_shows(monkeypatch):
     encoder.progress += 1
     executor.progress += 1
     assert engine.progress == before + 2
-    now = iter((0, 7_000_000))
-    monkeypatch.setattr(combined.time, "monotonic_ns", lambda: next(now))
-    assert engine.step().stats.step_us == 7_000  # the fake clock of generation stands still
     engine.close()
     assert executor.closed
     assert encoder.closed
