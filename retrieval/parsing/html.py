@@ -12,6 +12,7 @@ from millrace.retrieval.parsing.base import Limits, Reading
 from millrace.retrieval.parsing.blocks import BREAK, Writer
 from millrace.retrieval.parsing.child import serve
 from millrace.retrieval.parsing.encoding import decode_html, seen
+from millrace.retrieval.parsing.markdown import first_heading
 
 
 def words(text: str) -> frozenset[str]:
@@ -65,7 +66,9 @@ class _Reader(HTMLParser):
         while self._open:
             self._pop()
         self._writer.end_block()
-        return Reading(seen("".join(self._title)), seen(self._writer.result()))
+        text = seen(self._writer.result())
+        title = seen("".join(self._title)).strip() or first_heading(text)
+        return Reading(title, text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if tag in ENDS:

@@ -86,6 +86,12 @@ def headings(text: str) -> Iterator[Heading]:
         last = line
 
 
+def first_heading(text: str) -> str:
+    """Its title; empty: there is none."""
+    first = next(headings(text), None)
+    return first.title if first is not None else ""
+
+
 def plain(line: str) -> str:
     """One line without links and emphasis, its spaces collapsed."""
     return " ".join(LINK.sub(r"\1", line).replace("`", "").replace("*", "").split())

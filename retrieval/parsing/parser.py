@@ -13,7 +13,7 @@ from typing import Any
 
 from millrace.retrieval.parsing.base import DEFAULT, Limits, Reading, check_text, too_costly
 from millrace.retrieval.parsing.encoding import decode, seen
-from millrace.retrieval.parsing.markdown import headings
+from millrace.retrieval.parsing.markdown import first_heading
 from millrace.retrieval.parsing.media import media_type_of
 from millrace.retrieval.types import Document, MediaType, ParsedDocument
 from millrace.server.errors import DocumentTooLarge, Draining, EmptyDocument, from_reason
@@ -32,6 +32,7 @@ class Parser:
     """Owns the processes that read documents; close it, or use it as an async context manager."""
 
     def __init__(self, processes: int = PROCESSES):
+        self._slots = processes
         self._free = asyncio.Semaphore(processes)
         self._running: set[Process] = set()
         self._closed = False
@@ -61,7 +62,10 @@ class Parser:
         for process in self._running:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
-        await asyncio.gather(*(process.wait() for process in self._running))
+        for _ in range(self._slots):  # with all of them in hand no process is left, nor one that is being started
+            await self._free.acquire()
+        for _ in range(self._slots):
+            self._free.release()
 
     async def __aenter__(self) -> "Parser":
         return self
@@ -123,8 +127,7 @@ def read_text(content: bytes, media_type: MediaType, limits: Limits) -> Reading:
     """Of a text or Markdown file. Raises UnusableDocument."""
     text = decode(content)
     check_text(len(text.encode()), limits)
-    first = next(headings(text), None) if media_type is MediaType.MARKDOWN else None
-    return Reading(first.title if first else "", text)
+    return Reading(first_heading(text) if media_type is MediaType.MARKDOWN else "", text)
 
 
 def _reading(header: dict[str, Any], text: bytes) -> Reading:
