@@ -24,7 +24,8 @@ T = TypeVar("T")
 READERS = 6  # threads
 BUSY_SECONDS = 30  # that a reader waits while the file is recovered after a crash
 WAL_BYTES = 64 << 20  # that the log keeps on disk after a large transaction
-FULL = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN}
+FULL_SECONDS = 60.0  # after which to try again on a full disk
+NO_ROOM = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN}
 
 
 class Database:
@@ -57,7 +58,7 @@ class Database:
     async def write(self, function: Callable[[sqlite3.Connection], T]) -> T:
         """`function` opens its `transaction`s itself. Once begun it runs to its end, whether or not the caller is
         cancelled. Raises Unavailable if the disk is full."""
-        return await self._run(self._write_thread, lambda: _typed(function, self._writer))
+        return await self._run(self._write_thread, lambda: _write(self._writer, function))
 
     async def run(self, function: Callable[[], T]) -> T:
         """`function` on a thread where `read_here` is allowed."""
@@ -69,7 +70,7 @@ class Database:
         if db is None:
             db = self._local.db = _open_reader(self.directory / "millrace.db")
             self._readers.append(db)
-        return _typed(lambda db: _snapshot(db, function), db)
+        return _read(db, function)
 
     async def close(self) -> None:
         """Wait for what runs, then release the directory. Idempotent."""
@@ -112,16 +113,21 @@ def _snapshot(db: sqlite3.Connection, function: Callable[[sqlite3.Connection], T
         db.execute("ROLLBACK")
 
 
-def _typed(function: Callable[[sqlite3.Connection], T], db: sqlite3.Connection) -> T:
-    """Errors of SQLite as ours."""
+def _read(db: sqlite3.Connection, function: Callable[[sqlite3.Connection], T]) -> T:
+    try:
+        return _snapshot(db, function)
+    except sqlite3.Error as error:
+        raise InternalError(f"{type(error).__name__}: {error}") from error
+
+
+def _write(db: sqlite3.Connection, function: Callable[[sqlite3.Connection], T]) -> T:
     try:
         return function(db)
     except sqlite3.Error as error:
-        code = getattr(error, "sqlite_errorcode", None)
-        if code is not None and code & 0xFF in FULL:
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF in NO_ROOM:
             raise Unavailable(
                 "the server's data directory cannot be written to, its disk may be full; nothing of this was stored",
-                retry_after=60,
+                retry_after=FULL_SECONDS,
             ) from error
         raise InternalError(f"{type(error).__name__}: {error}") from error
 

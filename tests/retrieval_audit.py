@@ -51,7 +51,7 @@ def _audit_document(
     """The number of its chunks."""
     text, count, metadata = db.execute("SELECT text, chunks, metadata FROM documents WHERE id = ?", (number,)).fetchone()
     rows = db.execute(
-        "SELECT k.id, byte_start, byte_end, f.text, tokens, input, vector FROM chunks k "
+        "SELECT k.id, byte_start, byte_end, f.text, tokens, label, input, vector FROM chunks k "
         f"JOIN fulltext_{collection} f ON f.rowid = k.label WHERE document = ? AND k.collection = ?",
         (number, collection),
     ).fetchall()
@@ -59,14 +59,15 @@ def _audit_document(
     spans = [ChunkSpan(*row[:5]) for row in rows]
     covered = set()
     inputs = preparation.inputs(parsed(db, number), spans, embedder.described)
-    for span, (*_, digest, vector) in zip(spans, rows, strict=True):
+    for span, (*_, label, digest, vector) in zip(spans, rows, strict=True):
         assert text[span.byte_start : span.byte_end].decode() == span.text
         covered.update(range(span.byte_start, span.byte_end))
         assert digest == input_of(inputs[span.id])
         assert np.array_equal(np.frombuffer(vector, "<f4"), embedder.vector(inputs[span.id]))
-        expression = f'"{span.text.split()[0]}"'
-        query = f"SELECT count(*) FROM fulltext_{collection} WHERE fulltext_{collection} MATCH ?"
-        assert _count(db, query, expression)
+        words = span.text.replace('"', " ")
+        query = f"SELECT count(*) FROM fulltext_{collection} WHERE fulltext_{collection} MATCH ? AND rowid = ?"
+        if any(map(str.isalnum, words)):
+            assert _count(db, query, f'"{words}"', label), span
     assert covered == set(range(len(text)))
     values = db.execute("SELECT key, kind, value FROM metadata WHERE document = ?", (number,)).fetchall()
     seen = {(key, kind, bool(value) if kind == "boolean" else value) for key, kind, value in values}
