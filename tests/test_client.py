@@ -1,79 +1,27 @@
 """The Python client against the real server over a fake backend."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import aclosing, closing
 from typing import Any
 
 import grpc
 import pytest
 from fakes import FakeBackend
+from served import ANSWER, IDS, Served, in_thread, serving
 
 from millrace.server import errors
-from millrace.server.api.server import ApiServer
 from millrace.server.client import AsyncClient, Client, Message, Role, new_text
 from millrace.server.client.failures import BARE
 from millrace.server.client.requests import Options, generate_request
-from millrace.server.config import BUILTIN, ServerConfig
 from millrace.server.errors import RequestError
-from millrace.server.gateway.gateway import Gateway
-from millrace.server.gateway.limits import Limits
-from millrace.server.gateway.routing import ModelCard, Routes
-from millrace.server.telemetry.metrics import Metrics
-from millrace.server.text.template import ChatTemplate
-from millrace.server.text.tokenizer import Tokenizer
-from millrace.server.types import Caller, TokenRequest
 from millrace.v1 import generation_pb2 as pb
-
-ANSWER = " keeps what comes in order"
-TOKENIZER = Tokenizer.load(BUILTIN)
-TEMPLATE = ChatTemplate.load(BUILTIN, TOKENIZER)
-IDS = TOKENIZER.encode(ANSWER, add_special_tokens=False)
-
-
-class Backend(FakeBackend):
-    def __init__(self) -> None:
-        super().__init__(lambda request, choice: IDS * 100)  # never an end-of-sequence token
-        self.attempts = 0
-
-    async def generate(self, request: TokenRequest) -> Any:
-        self.attempts += 1
-        return await super().generate(request)
-
-
-class Served:
-    """A running server: its address, its backend, and the header that the last call carried."""
-
-    def __init__(self) -> None:
-        self.backend = Backend()
-        self.authorization: str | None = None
-        card = ModelCard("small", TOKENIZER, self.backend, TEMPLATE)
-        self.gateway = Gateway(Routes([card]), Limits(lambda tenant: 100), Metrics())
-        self.api = ApiServer(self.gateway, ServerConfig(port=0), self.authenticate, 256)
-
-    def authenticate(self, authorization: str | None) -> Caller:
-        self.authorization = authorization
-        return Caller("default")
 
 
 @pytest.fixture
 async def served() -> AsyncIterator[Served]:
-    served = Served()
-    served.address = f"127.0.0.1:{await served.api.start()}"
-    served.api.set_ready(True)
-    yield served
-    await served.api.stop(0)
-    served.gateway.close()
-
-
-async def in_thread(served: Served, use: Callable[[Client], Any], **options: Any) -> Any:
-    """What `use` makes of a sync client; the server shares this event loop."""
-
-    def work() -> Any:
-        with Client(served.address, **options) as client:
-            return use(client)
-
-    return await asyncio.to_thread(work)
+    async with serving() as served:
+        yield served
 
 
 async def test_sync_and_async_say_the_same(served: Served) -> None:
@@ -238,12 +186,20 @@ def test_bare_statuses_map_to_the_same_kind() -> None:
 
 def test_every_option_reaches_its_field() -> None:
     given: dict[str, Any] = {
-        name: {"text": False, "request_id": "r1", "labels": {"a": "b"}, "logit_bias": {5: 1.5}}.get(name, 1)
+        name: {
+            "text": False,
+            "request_id": "r1",
+            "labels": {"a": "b"},
+            "logit_bias": {5: 1.5},
+            "retrieval": {"collection": "c"},
+        }.get(name, 1)
         for name in Options.__annotations__
     } | {"stop_strings": ["x", "y"], "stop_token_ids": [7]}
     request = generate_request("p", "m", given)  # type: ignore[arg-type]  # built at run time
     parts = (request.sampling, request.stopping, request.output, request.stream, request)
-    arrived = {field.name for part in parts for field, _ in part.ListFields()}
+    arrived = {field.name for part in parts for field, _ in part.ListFields()} | {"mask_pii"}
+    assert request.guardrails.pii == pb.PII_ACTION_MASK
+    assert request.retrieval.collection == "c"
     assert given.keys() - arrived == set()
     assert request.output.logprobs.top_n == 1
     assert request.stopping.time_limit.ToTimedelta().total_seconds() == 1

@@ -12,6 +12,7 @@ from millrace.retrieval.types import Document, MediaType
 from millrace.server.client.aio import AsyncClient
 from millrace.server.client.calls import new_text, state_name
 from millrace.server.client.connection import DEFAULT_ADDRESS, TLS
+from millrace.server.client.documents import QueryOptions
 from millrace.server.client.requests import Options, Prompt
 from millrace.server.client.sync import Client
 from millrace.server.types import Message, Role
@@ -26,6 +27,7 @@ __all__ = [
     "Message",
     "Options",
     "Prompt",
+    "QueryOptions",
     "Role",
     "new_text",
     "state_name",

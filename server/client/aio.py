@@ -21,8 +21,19 @@ from millrace.server.client.calls import (
     tokenize_request,
 )
 from millrace.server.client.connection import CHANNEL_OPTIONS, DEFAULT_ADDRESS
-from millrace.server.client.documents import embed_request, query_request, upsert_requests, vectors
+from millrace.server.client.documents import (
+    QueryOptions,
+    collection_request,
+    collections_request,
+    delete_request,
+    document_request,
+    embed_request,
+    query_request,
+    upsert_requests,
+    vectors,
+)
 from millrace.server.client.requests import Options, Prompt, generate_request
+from millrace.server.client.upload import AsyncRequests
 from millrace.server.types import Message
 from millrace.v1 import generation_pb2 as pb
 from millrace.v1 import model_pb2, retrieval_pb2
@@ -89,47 +100,50 @@ class AsyncClient(Calls):
     async def upsert(
         self, collection: str, documents: Iterable[Document]
     ) -> AsyncGenerator[retrieval_pb2.UpsertDocumentsResponse, None]:
-        """Send documents and iterate over what became of each, in the order in which they end."""
-
-        async def requests() -> AsyncGenerator[retrieval_pb2.UpsertDocumentsRequest, None]:
-            for request in upsert_requests(collection, documents):
-                yield request
-
-        call: Any = self._retrieval.UpsertDocuments(requests(), **self._call_options)
+        """As in `Client`: `documents` is read in a thread, so it may open files. Closing the generator ends the call;
+        hold it in `contextlib.aclosing` to close it promptly."""
+        requests = AsyncRequests(upsert_requests(collection, documents))
+        call: Any = self._retrieval.UpsertDocuments(requests, **self._call_options)
         try:
             async for result in call:
                 yield result
         except grpc.RpcError as failure:
-            raise self._error(failure) from failure
+            raise requests.error or self._error(failure) from failure
         finally:
             call.cancel()
+        if requests.error:
+            raise requests.error
 
     async def delete_documents(self, collection: str, ids: Sequence[str]) -> int:
         """How many of them there were."""
-        request = retrieval_pb2.DeleteDocumentsRequest(collection=collection, ids=ids)
+        request = delete_request(collection, ids)
         return int((await self._call(self._retrieval.DeleteDocuments, request)).deleted)
 
     async def get_document(
         self, collection: str, document_id: str, byte_start: int | None = None, byte_end: int | None = None
     ) -> retrieval_pb2.StoredDocument:
         """A document's description and text, or the bytes [byte_start, byte_end) that a citation names."""
-        request = retrieval_pb2.GetDocumentRequest(
-            collection=collection, id=document_id, byte_start=byte_start, byte_end=byte_end
-        )
+        request = document_request(collection, document_id, byte_start, byte_end)
         found: retrieval_pb2.StoredDocument = await self._call(self._retrieval.GetDocument, request)
         return found
 
     async def collections(self) -> list[retrieval_pb2.Collection]:
-        request = retrieval_pb2.ListCollectionsRequest(page_size=1000)
-        return list((await self._call(self._retrieval.ListCollections, request)).collections)
+        """All of them, by name."""
+        found: list[retrieval_pb2.Collection] = []
+        token = ""
+        while True:
+            page = await self._call(self._retrieval.ListCollections, collections_request(token))
+            found += page.collections
+            if not (token := page.next_page_token):
+                return found
 
     async def delete_collection(self, collection: str) -> int:
         """How many documents it had."""
-        request = retrieval_pb2.DeleteCollectionRequest(collection=collection)
+        request = collection_request(collection)
         return int((await self._call(self._retrieval.DeleteCollection, request)).documents)
 
-    async def query(self, collection: str, text: str, **options: Any) -> retrieval_pb2.QueryResponse:
-        """The chunks that answer best. `options`: see `documents.query_request`."""
+    async def query(self, collection: str, text: str, **options: Unpack[QueryOptions]) -> retrieval_pb2.QueryResponse:
+        """The chunks that answer best, with what each stage of the search said of them."""
         request = query_request(collection, text, options)
         answer: retrieval_pb2.QueryResponse = await self._call(self._retrieval.Query, request)
         return answer

@@ -3,17 +3,18 @@
 import sys
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 from google.protobuf.struct_pb2 import ListValue, Struct, Value
 
 from millrace.retrieval.types import Document, MediaType
-from millrace.server.client.fields import field
+from millrace.server.client.fields import check_list, field, set_fields
 from millrace.server.errors import InvalidRequest
 from millrace.v1 import embedding_pb2 as embedding_pb
 from millrace.v1 import retrieval_pb2 as pb
 
 PART_BYTES = 128 * 1024  # of a document in one message; every server takes that
+PAGE = 1000  # collections in one answer
 MEDIA_TYPES = {
     None: pb.MEDIA_TYPE_UNSPECIFIED,
     MediaType.TEXT: pb.MEDIA_TYPE_TEXT,
@@ -23,23 +24,43 @@ MEDIA_TYPES = {
 }
 
 
+class QueryOptions(TypedDict, total=False):
+    """Fields of `QueryRequest`: ranges and defaults there, but `filter` is as `conditions` takes it and `mode` is
+    "hybrid", "lexical" or "vector"."""
+
+    top_k: int
+    candidates: int
+    filter: Mapping[str, Any]
+    mode: str
+    ef_search: int
+    exact: bool
+    without_text: bool
+
+
 def upsert_requests(collection: str, documents: Iterable[Document]) -> Iterator[pb.UpsertDocumentsRequest]:
-    """The messages of an UpsertDocuments call, a long document in several."""
+    """The messages of an UpsertDocuments call, a long document in several. Raises InvalidRequest."""
     for document in documents:
-        with field("document"):
-            head = pb.Document(
-                id=document.id,
-                source=document.source,
-                title=document.title,
-                media_type=MEDIA_TYPES[document.media_type],
-                content=document.content[:PART_BYTES],
-                content_size=len(document.content) if len(document.content) > PART_BYTES else None,
-                metadata=struct(document.metadata),
-            )
-            yield pb.UpsertDocumentsRequest(collection=collection, document=head)
+        yield _first(collection, document)
         for begin in range(PART_BYTES, len(document.content), PART_BYTES):
             part = document.content[begin : begin + PART_BYTES]
             yield pb.UpsertDocumentsRequest(collection=collection, content_part=part)
+
+
+def _first(collection: str, document: Document) -> pb.UpsertDocumentsRequest:
+    with field("collection"):
+        request = pb.UpsertDocumentsRequest(collection=collection)
+    with field("document"):
+        head = pb.Document(
+            id=document.id,
+            source=document.source,
+            title=document.title,
+            media_type=MEDIA_TYPES[document.media_type],
+            content=document.content[:PART_BYTES],
+            content_size=len(document.content) if len(document.content) > PART_BYTES else None,
+            metadata=struct(document.metadata),
+        )
+        request.document.CopyFrom(head)
+    return request
 
 
 def struct(values: Mapping[str, Any]) -> Struct | None:
@@ -57,14 +78,12 @@ def conditions(tests: Mapping[str, Any]) -> list[pb.Condition]:
 
 
 def _condition(key: str, test: Any) -> pb.Condition:
-    if isinstance(test, Mapping):
-        with field(f"filter.{key}"):
+    with field(f"filter.{key}"):
+        if isinstance(test, Mapping):
             return pb.Condition(key=key, range=pb.NumberRange(**test))
-    if isinstance(test, list | tuple):
-        values = ListValue()
-        values.extend(test)
-        return pb.Condition(key=key, any_of=values)
-    return pb.Condition(key=key, equals=_value(key, test))
+        if isinstance(test, list | tuple):
+            return pb.Condition(key=key, any_of=ListValue(values=[_value(key, one) for one in test]))
+        return pb.Condition(key=key, equals=_value(key, test))
 
 
 def _value(key: str, plain: Any) -> Value:
@@ -77,21 +96,43 @@ def _value(key: str, plain: Any) -> Value:
     raise InvalidRequest.at(f"filter.{key}", "must be a string, a number, a boolean, a list of these, or a range")
 
 
-def query_request(collection: str, text: str, options: Mapping[str, Any]) -> pb.QueryRequest:
-    """`options`: fields of QueryRequest; `filter` as `conditions` takes it, `mode` "hybrid", "lexical", "vector"."""
-    plain = {name: value for name, value in options.items() if name not in ("filter", "mode")}
-    with field("query"):
-        message = pb.QueryRequest(
-            collection=collection, text=text, filter=conditions(options.get("filter", {})), **plain
-        )
-        if options.get("mode"):
-            message.MergeFrom(pb.QueryRequest(mode=f"SEARCH_MODE_{options['mode'].upper()}"))
-    return message
+def delete_request(collection: str, ids: Sequence[str]) -> pb.DeleteDocumentsRequest:
+    with field("ids"):
+        return pb.DeleteDocumentsRequest(collection=collection, ids=check_list("ids", ids))
+
+
+def document_request(
+    collection: str, document_id: str, byte_start: int | None, byte_end: int | None
+) -> pb.GetDocumentRequest:
+    with field("document"):
+        return pb.GetDocumentRequest(collection=collection, id=document_id, byte_start=byte_start, byte_end=byte_end)
+
+
+def collections_request(page_token: str) -> pb.ListCollectionsRequest:
+    return pb.ListCollectionsRequest(page_size=PAGE, page_token=page_token)
+
+
+def collection_request(collection: str) -> pb.DeleteCollectionRequest:
+    with field("collection"):
+        return pb.DeleteCollectionRequest(collection=collection)
+
+
+def query_request(collection: str, text: str, options: QueryOptions) -> pb.QueryRequest:
+    """Raises TypeError for an option that there is not, InvalidRequest for a value that its field cannot hold."""
+    with field("collection"):
+        request = pb.QueryRequest(collection=collection)
+    with field("text"):
+        request.text = text
+    plain = {name: value for name, value in options.items() if name != "filter"}
+    set_fields(request, plain, QueryOptions.__annotations__)
+    request.filter.extend(conditions(options.get("filter", {})))
+    return request
 
 
 def embed_request(texts: Sequence[str]) -> embedding_pb.EmbedRequest:
     with field("texts"):
-        return embedding_pb.EmbedRequest(inputs=[embedding_pb.EmbedInput(text=text) for text in texts])
+        inputs = [embedding_pb.EmbedInput(text=text) for text in check_list("texts", texts)]
+        return embedding_pb.EmbedRequest(inputs=inputs)
 
 
 def vectors(response: embedding_pb.EmbedResponse) -> "list[array[float]]":

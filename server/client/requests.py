@@ -6,7 +6,7 @@ from typing import Any, TypedDict, cast
 from google.protobuf.message import Message as ProtoMessage
 
 from millrace.server.client.documents import conditions
-from millrace.server.client.fields import field
+from millrace.server.client.fields import check_list, field, set_fields
 from millrace.server.types import Message, Role
 from millrace.v1 import generation_pb2 as pb
 
@@ -84,11 +84,9 @@ def generate_request(prompt: Prompt, model: str, options: Options) -> pb.Generat
 def retrieval_options(values: Mapping[str, Any]) -> pb.RetrievalOptions:
     """Fields of `RetrievalOptions`; `filter` as `documents.conditions` takes it, `answer_mode` "generative" or
     "extractive", `mode` "hybrid", "lexical" or "vector"."""
-    plain = {name: value for name, value in values.items() if name not in ("filter", "answer_mode", "mode")}
-    message = pb.RetrievalOptions(**plain, filter=conditions(values.get("filter", {})))
-    for name, prefix in (("answer_mode", "ANSWER_MODE_"), ("mode", "SEARCH_MODE_")):
-        if values.get(name):
-            message.MergeFrom(pb.RetrievalOptions(**{name: f"{prefix}{values[name].upper()}"}))
+    message = pb.RetrievalOptions(filter=conditions(values.get("filter", {})))
+    plain = {name: value for name, value in values.items() if name != "filter"}
+    set_fields(message, plain, message.DESCRIPTOR.fields_by_name.keys())
     return message
 
 
@@ -97,8 +95,8 @@ def _set(request: pb.GenerateRequest, name: str, value: object) -> None:
     part = next((p for p in parts if name in p.DESCRIPTOR.fields_by_name and name in Options.__annotations__), None)
     if part is None:
         raise TypeError(f"there is no option `{name}`; there are {', '.join(sorted(Options.__annotations__))}")
-    if isinstance(value, str) and part.DESCRIPTOR.fields_by_name[name].is_repeated:
-        raise TypeError(f"`{name}` takes a list, not one string")
+    if part.DESCRIPTOR.fields_by_name[name].is_repeated:
+        check_list(name, value)
     constructor: Any = type(part)  # it takes scalars, lists and maps alike
     part.MergeFrom(constructor(**{name: value}))
 

@@ -1,7 +1,7 @@
 """The client for threads and scripts."""
 
 from array import array
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from types import TracebackType
 from typing import Any, Self, Unpack
@@ -20,26 +20,22 @@ from millrace.server.client.calls import (
     tokenize_request,
 )
 from millrace.server.client.connection import CHANNEL_OPTIONS, DEFAULT_ADDRESS
-from millrace.server.client.documents import embed_request, query_request, upsert_requests, vectors
+from millrace.server.client.documents import (
+    QueryOptions,
+    collection_request,
+    collections_request,
+    delete_request,
+    document_request,
+    embed_request,
+    query_request,
+    upsert_requests,
+    vectors,
+)
 from millrace.server.client.requests import Options, Prompt, generate_request
-from millrace.server.errors import MillraceError
+from millrace.server.client.upload import Requests
 from millrace.server.types import Message
 from millrace.v1 import generation_pb2 as pb
 from millrace.v1 import model_pb2, retrieval_pb2
-
-
-class Requests:
-    """Request messages whose making may fail: gRPC would only log it, in a thread of its own."""
-
-    def __init__(self, messages: Iterator[retrieval_pb2.UpsertDocumentsRequest]):
-        self._messages = messages
-        self.error: MillraceError | OSError | None = None
-
-    def __iter__(self) -> Iterator[retrieval_pb2.UpsertDocumentsRequest]:
-        try:
-            yield from self._messages
-        except (MillraceError, OSError) as error:
-            self.error = error
 
 
 class Client(Calls):
@@ -97,9 +93,10 @@ class Client(Calls):
         self, collection: str, documents: Iterable[Document]
     ) -> Generator[retrieval_pb2.UpsertDocumentsResponse, None, None]:
         """Send documents and iterate over what became of each, in the order in which they end. `documents` is read,
-        in another thread, no faster than the server takes them. Closing the generator ends the call."""
+        in another thread, no faster than the server takes them; what it raises is raised here, after the results of
+        what it gave before. Closing the generator ends the call; a document without a result may be stored or not."""
         requests = Requests(upsert_requests(collection, documents))
-        call = self._retrieval.UpsertDocuments(requests, **self._call_options)
+        call = self._retrieval.UpsertDocuments(iter(requests), **self._call_options)
         try:
             yield from call
         except grpc.RpcError as failure:
@@ -111,30 +108,32 @@ class Client(Calls):
 
     def delete_documents(self, collection: str, ids: Sequence[str]) -> int:
         """How many of them there were."""
-        request = retrieval_pb2.DeleteDocumentsRequest(collection=collection, ids=ids)
-        return int(self._call(self._retrieval.DeleteDocuments, request).deleted)
+        return int(self._call(self._retrieval.DeleteDocuments, delete_request(collection, ids)).deleted)
 
     def get_document(
         self, collection: str, document_id: str, byte_start: int | None = None, byte_end: int | None = None
     ) -> retrieval_pb2.StoredDocument:
         """A document's description and text, or the bytes [byte_start, byte_end) that a citation names."""
-        request = retrieval_pb2.GetDocumentRequest(
-            collection=collection, id=document_id, byte_start=byte_start, byte_end=byte_end
-        )
+        request = document_request(collection, document_id, byte_start, byte_end)
         found: retrieval_pb2.StoredDocument = self._call(self._retrieval.GetDocument, request)
         return found
 
     def collections(self) -> list[retrieval_pb2.Collection]:
-        request = retrieval_pb2.ListCollectionsRequest(page_size=1000)
-        return list(self._call(self._retrieval.ListCollections, request).collections)
+        """All of them, by name."""
+        found: list[retrieval_pb2.Collection] = []
+        token = ""
+        while True:
+            page = self._call(self._retrieval.ListCollections, collections_request(token))
+            found += page.collections
+            if not (token := page.next_page_token):
+                return found
 
     def delete_collection(self, collection: str) -> int:
         """How many documents it had."""
-        request = retrieval_pb2.DeleteCollectionRequest(collection=collection)
-        return int(self._call(self._retrieval.DeleteCollection, request).documents)
+        return int(self._call(self._retrieval.DeleteCollection, collection_request(collection)).documents)
 
-    def query(self, collection: str, text: str, **options: Any) -> retrieval_pb2.QueryResponse:
-        """The chunks that answer best. `options`: see `documents.query_request`."""
+    def query(self, collection: str, text: str, **options: Unpack[QueryOptions]) -> retrieval_pb2.QueryResponse:
+        """The chunks that answer best, with what each stage of the search said of them."""
         answer: retrieval_pb2.QueryResponse = self._call(
             self._retrieval.Query, query_request(collection, text, options)
         )
