@@ -1,6 +1,6 @@
 """Telephone numbers: international ones behind + or 00 (ITU-T E.164), North American ones with separators."""
 
-from millrace.server.gateway.guardrails.folding import pattern
+from millrace.server.gateway.guardrails.folding import LONG_DASH, pattern
 from millrace.server.gateway.guardrails.numbers import SEPARATOR, detached, groups
 
 MAX_DIGITS = 15
@@ -34,8 +34,8 @@ def phone(left: bytes, view: bytes) -> int:
     if view[:1] in (b"+", b"("):
         if left[-1:].isdigit():
             return 0
-    elif not detached(left, glue=b"-\x96"):
-        return 0
+    elif not detached(left, glue=b"-" + LONG_DASH + (b" " if view.startswith(b"00") else b"")):
+        return 0  # "00 …" behind digits and a space is a group of a longer number, an IBAN's for one
     return max(_international(view), _north_american(view))
 
 

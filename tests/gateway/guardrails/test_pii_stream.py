@@ -1,0 +1,117 @@
+"""For every text and every way to cut it: streamed output = mask(full text), and no character of a match goes out."""
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pii_texts import POSITIVES, hostile, labelled
+
+from millrace.server.gateway.guardrails.pii import HOLD_BACK, MASKS, PIIGuard
+
+guard = PIIGuard()
+relaxed = settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+def chunks_of(text: str, edges: list[int]) -> list[str]:
+    return [text[start:end] for start, end in pairwise([0, *sorted(edges), len(text)])]
+
+
+def rendered(text: str, end: int) -> str:
+    """What stands for the first `end` characters; no match may be cut by it."""
+    masked, position = "", 0
+    for finding in guard.inspect(text):
+        if finding.start >= end:
+            break
+        assert finding.end <= end, "a part of a match went out"
+        masked += text[position : finding.start] + MASKS[finding.category]
+        position = finding.end
+    return masked + text[position:end]
+
+
+def check(text: str, chunks: list[str]) -> None:
+    stage, sent, read, settled = guard.stream(), "", 0, 0
+    for chunk in [*chunks, None]:
+        pieces = stage.finish() if chunk is None else stage.push(chunk)
+        read += len(chunk or "")
+        sent += "".join(piece.text for piece in pieces)
+        settled += sum(piece.source for piece in pieces)
+        assert read - settled < HOLD_BACK
+        assert sent == rendered(text, settled)
+    assert (sent, settled) == (guard.mask(text), len(text))
+
+
+@relaxed
+@given(data=st.data(), text=hostile)
+def test_streamed_equals_whole(data, text):
+    check(text, chunks_of(text, data.draw(st.lists(st.integers(0, len(text)), max_size=12))))
+
+
+@relaxed
+@given(text=hostile, size=st.integers(1, 5))
+def test_streamed_in_small_pieces_equals_whole(text, size):
+    check(text, [text[i : i + size] for i in range(0, len(text), size)])
+
+
+@pytest.mark.parametrize("category", POSITIVES)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_a_match_at_every_place_of_two_cuts(category, data):
+    text = "x " + data.draw(POSITIVES[category]) + data.draw(st.sampled_from(["", " ", ".", ", y", "\n", "）"]))
+    assert [finding.category for finding in guard.inspect(text)] == [category]
+    for first in range(1, len(text)):
+        check(text, chunks_of(text, [first, data.draw(st.integers(1, len(text)))]))
+
+
+@pytest.mark.parametrize("line", labelled(), ids=lambda line: line.text[:30])
+def test_labelled_lines_cut_everywhere(line):
+    check(line.text, list(line.text))
+    for cut in range(1, len(line.text)):
+        check(line.text, chunks_of(line.text, [cut]))
+
+
+@relaxed
+@given(text=hostile)
+def test_masking_again_changes_nothing(text):
+    assert guard.mask(guard.mask(text)) == guard.mask(text)
+
+
+@relaxed
+@given(first=hostile, second=hostile)
+def test_lines_are_masked_on_their_own(first, second):
+    assert guard.mask(f"{first}\n{second}") == f"{guard.mask(first)}\n{guard.mask(second)}"
+
+
+@relaxed
+@given(text=hostile)
+def test_findings_are_in_order_and_apart(text):
+    findings = guard.inspect(text)
+    assert all(finding.start < finding.end for finding in findings)
+    assert all(one.end <= other.start for one, other in pairwise(findings))
+
+
+@pytest.mark.parametrize(
+    ("text", "held"),
+    [
+        ("Hello", "Hello"),  # it could be the beginning of an address
+        ("Hello ", ""),
+        ("Hello, ", ""),
+        ("Prices begin at 20 ", "20 "),
+        ("Prices begin at 20 e", "e"),
+        ("Ask (", "("),
+        ("3 + ", "3 + "),
+        ("日本語のテキスト", ""),
+        ("a" * 65, "a" * 64),
+        ("user@example.com", "user@example.com"),
+        ("user@example.com ", ""),
+        ("...---", ""),
+        ("4111 1111 1111 1111", "4111 1111 1111 1111"),
+        ("4111 1111 1111 1111.", "4111 1111 1111 1111."),
+        ("1 " * 100, "1 " * 35),
+        ("x" + "\u200b" * 1000, ""),
+    ],
+)
+def test_what_is_held(text, held):
+    stage = guard.stream()
+    sent = sum(piece.source for piece in stage.push(text))
+    assert text[sent:] == held
