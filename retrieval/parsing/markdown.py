@@ -78,7 +78,7 @@ def headings(text: str) -> Iterator[Heading]:
     last = Line(Kind.BLANK, 0, 0)
     for line in lines(text):
         if line.kind is Kind.HEADING:
-            title = ATX.sub("", text[line.start : line.end]).rstrip()
+            title = ATX.sub("", text[line.start : line.end], count=1).rstrip()
             bare = title.rstrip("#")
             yield Heading(line.start, line.level, plain(bare if bare[-1:].isspace() or not bare else title))
         elif line.kind is Kind.UNDERLINE:
