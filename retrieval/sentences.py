@@ -19,7 +19,7 @@ MAX_BYTES = 1000  # of a sentence; a longer one is cut at a clause, a space, or 
 LOOK_BACK = 24  # characters before a full stop in which an abbreviation is looked for
 
 END = re.compile(r"(?P<wide>[。！？｡]+)|[.!?…؟۔।]+")
-CLOSING = re.compile(r"""["'”’»›)\]}」』）】〉》*_]*(?:\[\d{1,3}\])*""")
+CLOSING = re.compile(r"""["'”’“‘»›«‹)\]}」』）】〉》*_]*(?:\[\d{1,3}\])*""")
 NEXT = re.compile(r"""\s+(?![.!?…])["'“‘«‹„(\[{¿¡*_]*(\w{0,20})""")
 SPACE = re.compile(r"\s+")
 DOTTED = re.compile(r"(?:[^\W\d_]\.)+[^\W\d_]")  # u.s, a.m, z.b
