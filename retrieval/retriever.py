@@ -13,7 +13,7 @@ from millrace.retrieval.catalog import Collection
 from millrace.retrieval.database import Database
 from millrace.retrieval.embedding import Embedder
 from millrace.retrieval.fusion import reciprocal_rank_fusion
-from millrace.retrieval.index.base import Float32, Labels
+from millrace.retrieval.index.base import Float32, Labels, VectorIndex
 from millrace.retrieval.indexes import Indexes, being_renewed
 from millrace.retrieval.lexical import Ranked
 from millrace.retrieval.types import Chunk, Hit, SearchMode, SearchRequest, SearchResult, SearchTimings, StageScore
@@ -59,13 +59,14 @@ class Retriever:
         mode = mode_of(request)
         collection = await self._database.read(lambda db: catalog.find(db, tenant, request.collection))
         where = filters.where(collection.id, request.filter)
+        index = await self._index(collection) if mode is not SearchMode.LEXICAL else None
         query = asyncio.create_task(self._query(tenant, request, collection, mode))
         try:
-            found = await self._stages(collection, request, mode, where, query)
+            found = await self._stages(collection, request, mode, where, index, query)
             for _ in range(ATTEMPTS - 1):
                 if not found.lost:
                     break
-                found = await self._stages(collection, request, mode, where, query)
+                found = await self._stages(collection, request, mode, where, index, query)
             return _result(found, await query, _since(began))
         finally:
             query.cancel()
@@ -77,13 +78,14 @@ class Retriever:
         request: SearchRequest,
         mode: SearchMode,
         where: filters.Where,
+        index: VectorIndex | None,
         query: "asyncio.Task[Query]",
     ) -> Found:
         """Both stages, fused and read: the embedding of the question runs beside the lexical one."""
         by_words, allowed, lexical_us = await self._database.read(
             lambda db: _lexical_stage(db, collection, request, mode, where)
         )
-        by_vector, vector_us = await self._vector_stage(collection, request, (await query).vector, allowed)
+        by_vector, vector_us = await _vector_stage(index, request, (await query).vector, allowed)
         if mode is SearchMode.HYBRID:
             scores = dict(reciprocal_rank_fusion([by_vector.labels, by_words.labels]))
         else:
@@ -105,26 +107,12 @@ class Retriever:
         embedded = await self._embedder.embed([request.text], tenant=tenant, truncate=True)
         return Query(embedded.vectors[0], embedded.tokens, _since(began))
 
-    async def _vector_stage(
-        self, collection: Collection, request: SearchRequest, vector: Float32 | None, allowed: Labels | None
-    ) -> tuple[Ranked, int]:
-        if vector is None or (allowed is not None and not len(allowed)):
-            return NOTHING, 0
+    async def _index(self, collection: Collection) -> VectorIndex:
         try:
-            index = await self._indexes.get(collection)
+            return await self._indexes.get(collection)
         except Unavailable:
             self._on_outdated()
             raise
-        began = time.perf_counter()
-        near = await asyncio.to_thread(
-            index.search,
-            vector,
-            request.candidates,
-            allowed=allowed,
-            ef_search=request.ef_search,
-            exact=request.exact,
-        )
-        return Ranked(near.labels.tolist(), near.scores.tolist()), _since(began)
 
 
 def mode_of(request: SearchRequest) -> SearchMode:
@@ -161,6 +149,19 @@ def _lexical_stage(
         return NOTHING, allowed, _since(began)
     ranked = lexical.search(db, collection.id, request.text, request.candidates, where)
     return ranked, allowed, _since(began)
+
+
+async def _vector_stage(
+    index: VectorIndex | None, request: SearchRequest, vector: Float32 | None, allowed: Labels | None
+) -> tuple[Ranked, int]:
+    """Also returns the microseconds it took."""
+    if index is None or vector is None or (allowed is not None and not len(allowed)):
+        return NOTHING, 0
+    began = time.perf_counter()
+    near = await asyncio.to_thread(
+        index.search, vector, request.candidates, allowed=allowed, ef_search=request.ef_search, exact=request.exact
+    )
+    return Ranked(near.labels.tolist(), near.scores.tolist()), _since(began)
 
 
 def _read(db: sqlite3.Connection, collection: Collection, labels: list[int], top_k: int) -> tuple[list[Chunk], bool]:

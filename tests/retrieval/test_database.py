@@ -110,7 +110,7 @@ async def test_one_process_at_a_time(tmp_path) -> None:
         script = "import sys; from pathlib import Path; from millrace.retrieval.database import Database\n"
         script += "Database.open(Path(sys.argv[1]))"
         command = [sys.executable, "-c", script, str(tmp_path)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, timeout=60)
         assert "ConfigError" in done.stderr
         assert f"process {os.getpid()}" in done.stderr
         assert len((await lib.search("t", SearchRequest("c", "word"))).hits) == 1

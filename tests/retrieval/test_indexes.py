@@ -1,0 +1,180 @@
+"""The index after every opening is the one that SQLite's vectors make, whatever lies in its image's place."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from retrieval_audit import audit
+from retrieval_fakes import WordEmbedder, document, library, prose
+
+from millrace.retrieval import indexes
+from millrace.retrieval.index.auto import AutoIndex
+from millrace.retrieval.types import SearchMode, SearchRequest
+
+WORDS = [f"word{n}" for n in range(100)]
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each attempt to load an image went well."""
+    outcomes: list[bool] = []
+    load = AutoIndex.load
+
+    def watched(self: AutoIndex, path: Path, model: str) -> None:
+        outcomes.append(False)
+        load(self, path, model)
+        outcomes[-1] = True
+
+    monkeypatch.setattr(AutoIndex, "load", watched)
+    return outcomes
+
+
+async def ask(lib) -> dict[str, float]:
+    """Every document, with its score."""
+    request = SearchRequest("c", "word1 word2", top_k=50, candidates=50, mode=SearchMode.VECTOR)
+    return {hit.chunk.document_id: hit.score for hit in (await lib.search("t", request)).hits}
+
+
+def expected(directory: Path) -> dict[str, float]:
+    """Worked out from the texts."""
+    embedder = WordEmbedder()
+
+    def unit(text: str) -> np.ndarray:
+        vector = embedder.vector(text).astype(np.float64)
+        return vector / np.linalg.norm(vector)
+
+    stored = {name: text for (_, _, name), (text, _) in audit(directory).items()}
+    return {name: float(unit(text) @ unit("word1 word2")) for name, text in stored.items()}
+
+
+async def fill(lib, names: range) -> None:
+    for n in names:
+        await lib.upsert("t", "c", document(f"d{n}", prose(WORDS, 8, seed=n)))
+
+
+async def test_the_image_is_used(tmp_path, loads: list[bool]) -> None:
+    async with library(tmp_path) as lib:
+        await fill(lib, range(12))
+        first = await ask(lib)
+    assert len(list((tmp_path / "indexes").glob("*.index"))) == 1
+    async with library(tmp_path) as lib:
+        assert await ask(lib) == first
+    assert loads == [True]
+    assert first == pytest.approx(expected(tmp_path), abs=1e-6)
+
+
+async def test_what_happened_since_is_made_up_for(tmp_path, loads: list[bool]) -> None:
+    """Changes of a collection whose index was never loaded reach it when it is."""
+    async with library(tmp_path) as lib:
+        await fill(lib, range(12))
+        await ask(lib)
+    async with library(tmp_path) as lib:
+        await lib.delete_documents("t", "c", ["d1", "d2"])
+        await fill(lib, range(12, 16))
+        await lib.upsert("t", "c", document("d5", "something new"))
+    async with library(tmp_path) as lib:
+        assert await ask(lib) == pytest.approx(expected(tmp_path), abs=1e-6)
+    assert loads == [True]
+
+
+def flipped(image: Path) -> None:
+    data = bytearray(image.read_bytes())
+    data[len(data) // 2] ^= 1
+    image.write_bytes(data)
+
+
+def truncated(image: Path) -> None:
+    image.write_bytes(image.read_bytes()[:-1])
+
+
+def empty(image: Path) -> None:
+    image.write_bytes(b"")
+
+
+def missing(image: Path) -> None:
+    image.unlink()
+
+
+@pytest.mark.parametrize("damage", [flipped, truncated, empty, missing])
+async def test_a_damaged_image_costs_time_only(tmp_path, loads: list[bool], damage: Callable[[Path], None]) -> None:
+    async with library(tmp_path) as lib:
+        await fill(lib, range(12))
+        await ask(lib)
+    (image,) = (tmp_path / "indexes").glob("*.index")
+    damage(image)
+    for _ in range(2):
+        async with library(tmp_path) as lib:
+            assert await ask(lib) == pytest.approx(expected(tmp_path), abs=1e-6)
+    assert loads == [False, True]
+
+
+async def test_a_restored_backup_does_not_believe_a_younger_image(tmp_path, loads: list[bool]) -> None:
+    """In the backup's history the same labels came to stand for other vectors."""
+    live, backup = tmp_path / "live", tmp_path / "backup"
+    async with library(live) as lib:
+        await fill(lib, range(5))
+        await ask(lib)
+    shutil.copytree(live, backup)
+    async with library(live) as lib:
+        await fill(lib, range(5, 10))
+        await ask(lib)
+    shutil.copy(backup / "millrace.db", live / "millrace.db")
+    async with library(live) as lib:
+        await fill(lib, range(20, 25))  # labels as above, other texts
+    async with library(live) as lib:
+        assert await ask(lib) == pytest.approx(expected(live), abs=1e-6)
+    assert loads == [True, False]
+
+
+async def test_images_are_written_in_the_background(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(indexes, "LEAST_CHANGES", 4)
+    async with library(tmp_path) as lib:
+        await fill(lib, range(1))
+        await ask(lib)
+        await fill(lib, range(1, 9))
+        await lib.delete_documents("t", "c", [])  # behind it in the writer's queue
+        (image,) = (tmp_path / "indexes").glob("*.index")
+        before = image.read_bytes()
+    assert image.read_bytes() != before  # the rest, when it was closed
+
+
+async def test_files_of_nobody_are_deleted(tmp_path) -> None:
+    async with library(tmp_path) as lib:
+        await fill(lib, range(2))
+        await ask(lib)
+    (kept,) = (tmp_path / "indexes").iterdir()
+    for name in ("0123.index", f"{kept.name}.tmp"):
+        (tmp_path / "indexes" / name).write_bytes(b"left behind")
+    async with library(tmp_path):
+        assert list((tmp_path / "indexes").iterdir()) == [kept]
+
+
+async def test_what_cannot_be_stored_leaves_the_index_as_it_was(tmp_path, monkeypatch) -> None:
+    async with library(tmp_path, max_chunks=6) as lib:
+        await fill(lib, range(6))
+        before = await ask(lib)
+        results = [await _error(lib.upsert("t", "c", document(f"e{n}", prose(WORDS, 8, seed=n)))) for n in range(3)]
+        assert all(results)
+        monkeypatch.setattr(lib._indexes, "add", _fail)
+        assert await _error(lib.upsert("t", "c", document("d1", "other")))
+        assert await ask(lib) == before
+    assert await _reopened(tmp_path) == before
+
+
+def _fail(change: object) -> None:
+    raise MemoryError("no room")
+
+
+async def _error(call) -> BaseException | None:
+    try:
+        await call
+    except Exception as error:
+        return error
+    return None
+
+
+async def _reopened(directory: Path) -> dict[str, float]:
+    async with library(directory) as lib:
+        return await ask(lib)
