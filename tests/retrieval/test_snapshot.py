@@ -203,6 +203,9 @@ def test_what_is_no_image(kind: str, tmp_path: Path) -> None:
     for path in [*paths.values(), *(tmp_path / name for name in names), Path("/dev/zero"), Path("/dev/null")]:
         with pytest.raises(IndexDamaged, match=str(path)):
             index.load(path, "model")
+    for path in (tmp_path / "fifo", Path("/dev/zero")):
+        with pytest.raises(IndexDamaged, match="no regular file"):
+            index.load(path, "model")
 
 
 @contextmanager
