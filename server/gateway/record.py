@@ -3,14 +3,27 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 from millrace.server.errors import InternalError, RequestError
-from millrace.server.gateway.choices import Choices
 from millrace.server.telemetry.logs import get_logger
 from millrace.server.telemetry.metrics import Metrics
-from millrace.server.types import Caller, GenerateRequest, Timings, TokenDelta
+from millrace.server.types import Caller, Finish, GenerateRequest, Timings, TokenDelta, Usage
 
 log = get_logger()
+
+
+class Answer(Protocol):
+    """What has been sent so far. `surplus_tokens`: computed and neither sent nor billed."""
+
+    @property
+    def usage(self) -> Usage: ...
+
+    @property
+    def surplus_tokens(self) -> int: ...
+
+    @property
+    def finishes(self) -> Sequence[Finish]: ...
 
 
 class RequestRecord:
@@ -20,15 +33,21 @@ class RequestRecord:
         self._metrics, self._caller, self._request = metrics, caller, request
         self._arrival = time.monotonic()
         self._last: dict[int, float] = {}
-        self._choices: Choices | None = None
+        self._answer: Answer | None = None
         self._first_token: float | None = None
         self._queue_us = 0
         self._preemptions: dict[int, int] = {}
         self.request_id = request.request_id
 
-    def admitted(self, choices: Choices) -> None:
-        self._choices = choices
-        self._metrics.prompt_tokens.inc(choices.usage.prompt_tokens)
+    def admitted(self, answer: Answer) -> None:
+        self._answer = answer
+        self._metrics.prompt_tokens.inc(answer.usage.prompt_tokens)
+
+    def quoted(self, answer: Answer) -> None:
+        """Note an answer that is whole before it is sent."""
+        self._answer = answer
+        self._first_token = time.monotonic() - self._arrival
+        self._metrics.time_to_first_token.observe(self._first_token)
 
     def step(self, news: Sequence[TokenDelta]) -> None:
         """Note what a backend delivered."""
@@ -76,11 +95,11 @@ class RequestRecord:
         else:
             metrics.failure.labels(outcome).inc()
         facts: dict[str, object] = {}
-        if self._choices:
+        if self._answer:
             if self._first_token is not None:
                 metrics.queue_time.observe(timings.queue_us / 1e6)
-            usage, surplus = self._choices.usage, self._choices.surplus_tokens
-            finishes = [finish.reason.value for finish in self._choices.finishes]
+            usage, surplus = self._answer.usage, self._answer.surplus_tokens
+            finishes = [finish.reason.value for finish in self._answer.finishes]
             for reason in finishes:
                 metrics.success.labels(reason).inc()
             metrics.generation_tokens.inc(usage.output_tokens)
@@ -91,6 +110,7 @@ class RequestRecord:
                 "prompt_tokens": usage.prompt_tokens,
                 "cached_prompt_tokens": usage.cached_prompt_tokens,
                 "output_tokens": usage.output_tokens,
+                "embedding_tokens": usage.embedding_tokens,
                 "surplus_tokens": surplus,
                 "queue_us": timings.queue_us,
                 "time_to_first_token_us": timings.time_to_first_token_us,

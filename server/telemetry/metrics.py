@@ -39,6 +39,9 @@ class Metrics:
         self.time_to_first_token = histogram("time_to_first_token_seconds", "From arrival to the first token.", LONG)
         self.inter_token_latency = histogram("inter_token_latency_seconds", "Between tokens of a choice.", SHORT)
         self.e2e_latency = histogram("e2e_request_latency_seconds", "From arrival to the last message.", LONG)
+        self.retrieval_requests = counter("retrieval_requests", "Questions to documents, by outcome.", "outcome")
+        self.retrieval_time = histogram("retrieval_time_seconds", "From a question to what its answer stands on.", LONG)
+        self.pii_masked = counter("pii_masked", "Personal data masked in prompts and answers, by category.", "category")
         self.queue_time = histogram("request_queue_time_seconds", "From arrival to the first step.", LONG)
 
     def watch_engine(self, stats: Callable[[], EngineStats], messages: Callable[[], int]) -> None:

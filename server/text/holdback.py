@@ -73,3 +73,36 @@ class Pipeline:
         for link in reversed(self._links):
             settled = link.settle(settled)
         return text, settled
+
+
+class Rewritten(NamedTuple):
+    """A whole text after a stage: the texts of `pieces`, in order."""
+
+    text: str
+    pieces: Sequence[Piece]
+
+    def place(self, start: int, end: int) -> tuple[int, int]:
+        """Where characters [start, end) of the input are now; what they share with a replacement counts whole."""
+        return self._edge(start, at_end=False), self._edge(end, at_end=True)
+
+    def _edge(self, position: int, at_end: bool) -> int:
+        written = 0
+        for text, source in self.pieces:
+            if position < source or (at_end and position == source):
+                one_by_one = len(text) == source
+                return written + (position if one_by_one else len(text) if at_end and position else 0)
+            position, written = position - source, written + len(text)
+        return written
+
+
+def rewrite(stage: Stage, text: str) -> Rewritten:
+    """Run all of a text through a new stage."""
+    pieces: list[Piece] = []
+    begun = ""  # pieces that stand for nothing belong to the next one
+    for piece in [*stage.push(text), *stage.finish()]:
+        begun += piece.text
+        if piece.source:
+            pieces.append(Piece(begun, piece.source))
+            begun = ""
+    pieces += [Piece(begun, 0)] if begun else []
+    return Rewritten("".join(piece.text for piece in pieces), pieces)
