@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, ExitStack, contextmanager
+from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
@@ -15,22 +16,27 @@ import uvloop
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
+from millrace.retrieval.library import Library
 from millrace.server.api.server import ApiServer
 from millrace.server.backends.base import Backend
 from millrace.server.backends.supervisor import Supervisor
-from millrace.server.config import ServerConfig, Settings
+from millrace.server.config import RetrievalConfig, ServerConfig, Settings
 from millrace.server.errors import ConfigError, StartupError
 from millrace.server.gateway.auth import KeyStore
+from millrace.server.gateway.embedding import TextEmbedder
 from millrace.server.gateway.gateway import Gateway
 from millrace.server.gateway.limits import Limits
 from millrace.server.gateway.routing import ModelCard, Routes
 from millrace.server.model.checkpoint import Checkpoint, checkpoint_digest, read_config, read_generation
+from millrace.server.model.embedder import embedder_info, locate_embedder
 from millrace.server.model.hub import locate
 from millrace.server.model.registry import model_spec
 from millrace.server.telemetry.logs import configure_logs, get_logger
 from millrace.server.telemetry.metrics import Metrics, MetricsServer
+from millrace.server.text.embedding_tokenizer import EmbeddingTokenizer
 from millrace.server.text.template import ChatTemplate
 from millrace.server.text.tokenizer import Tokenizer
+from millrace.server.types import AnswerMode, EmbedderInfo
 
 LAST_WORDS = 2.0  # seconds for streams to send the status that a drain ended them with
 WATCHDOG = 20.0  # seconds beyond the grace after which the process ends in any case
@@ -60,17 +66,33 @@ def with_model(settings: Settings) -> Settings:
 async def serve(settings: Settings, console: Console) -> int:
     """What is fast and fails early comes first; the port is held and health is truthful while the model loads."""
     keystore = KeyStore.load(settings.server.api_keys)
-    supervisor = Supervisor(settings.engine, settings.supervisor, checkpoint_digest(settings.engine.checkpoint))
+    encoder = read_encoder(settings.engine.embedding_model)
+    supervisor = Supervisor(
+        settings.engine,
+        settings.supervisor,
+        checkpoint_digest(settings.engine.checkpoint),
+        embedder_revision=encoder.info.revision if encoder else None,
+    )
     stop = stop_signal(supervisor.remove_directory)
     card, context = read_model(settings, supervisor.backend)
     metrics = Metrics()
     metrics.watch_engine(supervisor.backend.stats, lambda: supervisor.backend.messages)
-    gateway = Gateway(Routes([card]), tenant_limits(keystore, settings.server), metrics)
-    api = ApiServer(gateway, settings.server, keystore.authenticate, context)
     # What ends is the reverse of what is here: the worker last, after every stream.
     async with AsyncExitStack() as stack:
-        stack.callback(gateway.close)
         stack.push_async_callback(supervisor.close)
+        embedder = TextEmbedder(supervisor.backend, encoder.tokenizer, encoder.info) if encoder else None
+        library = await open_library(stack, settings.retrieval, embedder, encoder)
+        gateway = Gateway(
+            Routes([card]),
+            tenant_limits(keystore, settings.server),
+            metrics,
+            library=library,
+            embedder=embedder,
+            min_support=settings.retrieval.min_support,
+            mask_pii=settings.server.pii == "mask",
+        )
+        stack.callback(gateway.close)
+        api = ApiServer(gateway, settings.server, keystore.authenticate, context, library)
         page = start_metrics(stack, metrics, settings.server)
         port = await api.start()
         stack.push_async_callback(api.stop, LAST_WORDS)
@@ -114,8 +136,42 @@ def read_model(settings: Settings, backend: Backend) -> tuple[ModelCard, int]:
         backend=backend,
         default_sampling=generation.sampling,
         stop_token_ids=frozenset(eos_ids),
+        answer_mode=answer_mode(settings),
     )
     return card, settings.engine.max_model_len or spec.context
+
+
+@dataclass(frozen=True, slots=True)
+class Encoder:
+    """The gateway's half of the embedding model: the worker has the weights."""
+
+    tokenizer: EmbeddingTokenizer
+    info: EmbedderInfo
+
+
+def read_encoder(setting: str) -> Encoder | None:
+    """None: nothing embeds here. Raises CheckpointError."""
+    directory = locate_embedder(setting)
+    return Encoder(EmbeddingTokenizer.load(directory), embedder_info(directory)) if directory else None
+
+
+async def open_library(
+    stack: AsyncExitStack, config: RetrievalConfig, embedder: TextEmbedder | None, encoder: Encoder | None
+) -> Library | None:
+    """The documents of the data directory; None where nothing embeds. Raises ConfigError."""
+    if embedder is None or encoder is None:
+        return None
+    library = await Library.open(config, embedder, encoder.tokenizer.raw, encoder.tokenizer.special_tokens)
+    stack.push_async_callback(library.close)
+    return library
+
+
+def answer_mode(settings: Settings) -> AnswerMode:
+    """The built-in model writes grammar, not facts: it quotes."""
+    asked = settings.retrieval.answer_mode
+    if asked == "auto":
+        return AnswerMode.EXTRACTIVE if settings.engine.model == "builtin" else AnswerMode.GENERATIVE
+    return AnswerMode(asked)
 
 
 def tenant_limits(keystore: KeyStore, config: ServerConfig) -> Limits:

