@@ -1,5 +1,6 @@
 """Chunks: within their tokens, along structure, overlapping, complete, and named so that an edit renames little."""
 
+import functools
 import importlib.util
 import itertools
 import random
@@ -65,11 +66,18 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     return found
 
 
+@functools.cache
+def unlimited(tokenizer: Tokenizer) -> Tokenizer:
+    """It neither truncates nor pads."""
+    tokenizer = Tokenizer.from_str(tokenizer.to_str())
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
 def check(text: str, chunks: list[ChunkSpan], tokenizer: Tokenizer, limit: int, overlap: int) -> None:
-    """What holds of all chunks of all texts, counted by a tokenizer that neither truncates nor pads."""
-    plain = Tokenizer.from_str(tokenizer.to_str())
-    plain.no_truncation()
-    plain.no_padding()
+    """What holds of all chunks of all texts."""
+    plain = unlimited(tokenizer)
     data, end = text.encode(), 0
     for chunk in chunks:
         assert data[chunk.byte_start : chunk.byte_end].decode() == chunk.text
@@ -80,6 +88,11 @@ def check(text: str, chunks: list[ChunkSpan], tokenizer: Tokenizer, limit: int, 
         end = chunk.byte_end
     assert end == len(data)
     assert len({chunk.id for chunk in chunks}) == len(chunks)
+
+
+@functools.cache
+def chunker_of(tokenizer: Tokenizer) -> Chunker:
+    return Chunker(tokenizer, 128, 20)
 
 
 def overlaps(chunks: list[ChunkSpan]) -> list[int]:
@@ -102,7 +115,7 @@ def test_short_documents_and_tails_are_kept(tokenizer: Tokenizer) -> None:
 def test_a_long_paragraph_is_cut_by_tokens(tokenizer: Tokenizer, kind: MediaType) -> None:
     text = " ".join(prose(400).split())
     assert len(text) > 5000
-    chunks = Chunker(tokenizer, 128, 20).split("d", text, kind)
+    chunks = chunker_of(tokenizer).split("d", text, kind)
     assert len(chunks) > 5
     check(text, chunks, tokenizer, 126, 20)
     assert sum(chunk.tokens for chunk in chunks) / len(chunks) > 80  # and they are not mostly empty
@@ -110,7 +123,7 @@ def test_a_long_paragraph_is_cut_by_tokens(tokenizer: Tokenizer, kind: MediaType
 
 def test_neighbours_overlap_verbatim(tokenizer: Tokenizer) -> None:
     text = prose(300)
-    chunks = Chunker(tokenizer, 128, 20).split("d", text, TEXT)
+    chunks = chunker_of(tokenizer).split("d", text, TEXT)
     check(text, chunks, tokenizer, 126, 20)
     assert all(size > 0 for size in overlaps(chunks))
 
@@ -214,7 +227,7 @@ AWKWARD = {
     "dots": "a." * 3_000,
     "spaces": "a" + " " * 20_000 + "b",
     "newlines": "\n" * 9_000,
-    "nested list": "".join("  " * i + f"- item {i}\n" for i in range(120)),
+    "nested list": "".join("  " * i + f"- item {i}\n" for i in range(60)),
     "quotes": "> " * 3_000,
     "unclosed": "[" * 3_000 + "`" * 99 + "**a " * 900,
     "special tokens": "[SEP] [PAD] [UNK] [CLS] <s> " * 200,
@@ -225,7 +238,7 @@ AWKWARD = {
 @pytest.mark.parametrize("kind", [TEXT, MARKDOWN])
 @pytest.mark.parametrize("name", AWKWARD)
 def test_awkward(tokenizer: Tokenizer, name: str, kind: MediaType) -> None:
-    chunks = Chunker(tokenizer, 128, 20).split("d", AWKWARD[name], kind)
+    chunks = chunker_of(tokenizer).split("d", AWKWARD[name], kind)
     check(AWKWARD[name], chunks, tokenizer, 126, 20)
 
 
@@ -234,7 +247,7 @@ PIECES = st.sampled_from(
 )
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=60)
 @given(st.lists(st.tuples(PIECES, st.integers(1, 60)), max_size=30), st.sampled_from([TEXT, MARKDOWN]), st.booleans())
 def test_any_text(pieces: list[tuple[str, int]], kind: MediaType, wordy: bool) -> None:
     text = "".join(piece * times for piece, times in pieces)
@@ -261,15 +274,15 @@ def test_windows_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("piece", ["a.", "word ", "中。", "- a\n", "# a\n"])
 def test_time_is_linear(piece: str) -> None:
-    """Five times the text may not take fifteen times as long."""
+    """Five times the text may not take fifteen times the processor's time."""
     chunker = Chunker(TOKENIZERS["word piece"])
 
     def seconds(size: int) -> float:
-        started = time.perf_counter()
+        started = time.thread_time()
         chunker.split("d", piece * (size // len(piece)), MARKDOWN)
-        return time.perf_counter() - started
+        return time.thread_time() - started
 
-    assert seconds(60_000) < 15 * max(seconds(12_000), 0.01)
+    assert seconds(50_000) < 15 * max(seconds(10_000), 0.01)
 
 
 def test_the_tokenizer_stays_as_it_was(tokenizer: Tokenizer) -> None:
@@ -279,7 +292,7 @@ def test_the_tokenizer_stays_as_it_was(tokenizer: Tokenizer) -> None:
 
 
 def test_other_threads_run_meanwhile() -> None:
-    chunker, text, longest, done = Chunker(TOKENIZERS["word piece"]), prose(4_000), [0.0], threading.Event()
+    chunker, text, longest, done = Chunker(TOKENIZERS["word piece"]), prose(2_500), [0.0], threading.Event()
 
     def watch() -> None:
         while not done.is_set():
@@ -289,10 +302,12 @@ def test_other_threads_run_meanwhile() -> None:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
+    started = time.perf_counter()
     chunker.split("d", text, TEXT)
+    took = time.perf_counter() - started
     done.set()
     watcher.join()
-    assert longest[0] < 0.25
+    assert longest[0] < took / 2
 
 
 # ---------------------------------------------------------------- context

@@ -156,12 +156,12 @@ def test_long_sentences_are_cut(text: str) -> None:
     "piece", ["Hello world. ", "a.", "x", "中。", "# a\n", "- a\n", "* ", "```\n", " \n", "e.g. ", "a\n---\n", "“"]
 )
 def test_time_is_linear(piece: str) -> None:
-    """Ten times the text may not take thirty times as long."""
+    """Ten times the text may not take forty times the processor's time."""
     short, long = piece * (6_000 // len(piece)), piece * (60_000 // len(piece))
-    assert min(_seconds(long) for _ in range(2)) < 30 * max(min(_seconds(short) for _ in range(3)), 0.002)
+    assert min(_seconds(long) for _ in range(2)) < 40 * max(min(_seconds(short) for _ in range(3)), 0.002)
 
 
 def _seconds(text: str) -> float:
-    started = time.perf_counter()
+    started = time.thread_time()
     sentences(text)
-    return time.perf_counter() - started
+    return time.thread_time() - started

@@ -296,7 +296,7 @@ async def test_the_loop_is_never_blocked(parser: Parser) -> None:
         await parser.parse(Document("b", SLOW, media_type=MediaType.HTML), Limits(seconds=1))
     await parser.parse(Document("t", b"line of text\n" * 1_000_000), DEFAULT)
     watching.cancel()
-    assert longest < 0.5
+    assert longest < 0.8
 
 
 async def test_at_most_two_processes_at_a_time(parser: Parser) -> None:
