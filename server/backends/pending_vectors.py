@@ -7,7 +7,7 @@ from millrace.server.errors import EngineRestarting, RequestError
 
 
 class PendingVectors:
-    """Whoever fills it calls its methods on the event loop that waits for `vectors`."""
+    """Who waits for `vectors` calls `abandon` after it, who fills them the other methods, all on one event loop."""
 
     def __init__(self, count: int, cancel: Callable[[], None]):
         """`cancel` frees what the texts hold whose vectors have not come; it is called once at most."""
@@ -26,11 +26,10 @@ class PendingVectors:
             self.vectors.set_result(self._rows)
 
     def fail(self, error: RequestError) -> None:
-        """End the request: the first error counts."""
+        """The first error counts."""
         if not self.vectors.done():
             self.vectors.set_exception(error)
             self.vectors.exception()  # whoever asked may have left
-        self.abandon()
 
     def lose(self, why: str) -> None:
         """The backend is gone. Nothing was delivered, so the request can be made again."""

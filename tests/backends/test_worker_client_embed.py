@@ -23,6 +23,7 @@ from link_fakes import (
 from millrace.engine.v1 import engine_pb2 as pb
 from millrace.server.backends import engine_link
 from millrace.server.backends.engine_link import EngineLink
+from millrace.server.backends.pending_vectors import PendingVectors
 from millrace.server.backends.worker_client import EngineClient
 from millrace.server.engine.combined import CombinedEngine
 from millrace.server.engine.sequence import SequenceRequest
@@ -59,6 +60,26 @@ def tapped_commands(monkeypatch: pytest.MonkeyPatch) -> list[pb.Command]:
     return commands
 
 
+async def test_each_vector_is_that_of_its_text_whatever_comes_first() -> None:
+    cancels: list[bool] = []
+    pending = PendingVectors(3, lambda: cancels.append(True))
+    for text in (2, 0, 1):
+        assert not pending.vectors.done()
+        pending.put(text, b"%d" % text)
+    assert await pending.vectors == [b"0", b"1", b"2"]
+    pending.abandon()
+    assert not cancels
+    pending = PendingVectors(2, lambda: cancels.append(True))
+    pending.fail(QueueFull("first"))
+    pending.fail(InternalError("second"))
+    pending.put(0, b"late")
+    with pytest.raises(QueueFull, match="first"):
+        await pending.vectors
+    pending.abandon()
+    pending.abandon()
+    assert cancels == [True]
+
+
 async def test_vectors_come_in_the_order_of_the_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     commands = tapped_commands(monkeypatch)
     async with worker(ScriptedEngine()) as served:
@@ -83,7 +104,12 @@ async def test_texts_and_streams_share_the_link_and_its_slots(monkeypatch: pytes
     monkeypatch.setattr(engine_link, "SLOTS", 16)
     async with worker(ScriptedEngine()) as served:
         client = EngineClient()
-        await client.connect(served.address)
+        link = await client.connect(served.address)
+        asked = asyncio.create_task(client.embed(embed_request(1, 2, 3)))
+        await asyncio.sleep(0)
+        assert len(link._texts) == 3
+        assert {link._new_slot() for _ in range(40)} == set(range(16)) - link._texts.keys()
+        await asked
         for i in range(15):
             stream, vectors = await asyncio.gather(
                 client.generate(token_request(i, 9, n=3)), client.embed(embed_request(*range(10)))
