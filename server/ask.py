@@ -1,18 +1,15 @@
 """`millrace ask`: one question to a collection, the answer as it comes, then what it stands on."""
 
-import sys
-from collections.abc import Mapping
 from contextlib import closing
-from typing import Any
 
-from millrace.server.client import Client, new_text
+from millrace.server.client import Client, Options, new_text
 from millrace.v1 import generation_pb2 as pb
 
 
-def ask(client: Client, question: str, retrieval: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+def ask(client: Client, question: str, options: Options) -> None:
     """Write the answer to standard output, and under it a line for each source that it cites."""
     cited: dict[int, list[pb.Citation]] = {}
-    with closing(client.stream(question, retrieval=retrieval, **options)) as events:  # type: ignore[misc]  # optional
+    with closing(client.stream(question, **options)) as events:
         for event in events:
             print(new_text(event), end="", flush=True)
             if event.HasField("citation"):
@@ -22,7 +19,6 @@ def ask(client: Client, question: str, retrieval: Mapping[str, Any], options: Ma
         print()
     for number, citations in sorted(cited.items()):
         print(source_line(number, citations))
-    sys.stdout.flush()
 
 
 def source_line(number: int, citations: list[pb.Citation]) -> str:

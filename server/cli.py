@@ -49,7 +49,11 @@ class AnswerModeName(Enum):
 
 @app.command()
 @with_settings(*COMPONENTS)
-def serve(config: Config = None, **flags: Any) -> None:
+def serve(
+    config: Config = None,
+    parent_pid: Annotated[int | None, typer.Option("--parent-pid", hidden=True, help="end with this process")] = None,
+    **flags: Any,
+) -> None:
     """Serve a model over gRPC until SIGTERM.
 
     Every setting can also stand in --config FILE or in the environment as MILLRACE_NAME; flags win over the
@@ -59,7 +63,10 @@ def serve(config: Config = None, **flags: Any) -> None:
     from rich.console import Console
 
     from millrace.server.app import run
+    from millrace.server.worker.parent import die_with
 
+    if parent_pid is not None:
+        die_with(parent_pid)
     raise typer.Exit(run(load_settings(flags, config), Console()))
 
 
@@ -224,23 +231,24 @@ def ask(
         max_sentences=max_sentences,
         min_support=min_support,
     )
-    options = _given(max_output_tokens=max_tokens, temperature=temperature, seed=seed)
+    options = _given(retrieval=retrieval, max_output_tokens=max_tokens, temperature=temperature, seed=seed)
     with (
         _reach(address) as target,
         Client(target, api_key=api_key, model=model, tls=TLS(ca) if ca else None) as client,
     ):
-        answer(client, text, retrieval, options)
+        answer(client, text, options)
 
 
 @app.command()
-def collections(address: Address = LOCAL, api_key: ApiKey = None, ca: CA = None) -> None:
+def collections(address: Where = None, api_key: ApiKey = None, ca: CA = None) -> None:
     """List your collections.
 
     Name, documents, chunks, embedding model and kind of index: a table on a terminal, else separated by tabs.
     """
+    _quiet_grpc()
     from millrace.server.client import TLS, Client
 
-    with Client(address, api_key=api_key, tls=TLS(ca) if ca else None) as client:
+    with _reach(address) as target, Client(target, api_key=api_key, tls=TLS(ca) if ca else None) as client:
         found = client.collections()
     rows = [(c.name, str(c.documents), str(c.chunks), c.embedding_model, c.index) for c in found]
     _print_table(("name", "documents", "chunks", "embedding model", "index"), rows)
@@ -290,14 +298,19 @@ def _print_table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 @contextmanager
 def _reach(address: str | None) -> Iterator[str]:
     """The address given, or the usual one, or that of a server that runs as long as the block."""
-    from millrace.server.local import listens, local_server
+    from millrace.server.local import LocalServerFailed, listens, local_server
 
     if address is not None or listens(LOCAL):
-        yield address or LOCAL
+        yield LOCAL if address is None else address
         return
     print(f"No server at {LOCAL}: starting one for this command (`millrace serve` keeps one running).", file=sys.stderr)
-    with local_server() as own:
-        yield own
+    try:
+        with local_server() as own:
+            yield own
+    except LocalServerFailed as error:
+        if error.told:
+            raise typer.Exit(1) from None
+        raise
 
 
 def _version(asked: bool) -> None:

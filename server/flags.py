@@ -49,7 +49,8 @@ def _plain_type(annotation: Any) -> Any:
 
 def _help(field: FieldInfo) -> str:
     text = field.description or ""
-    if field.default is None:
+    default = field.get_default(call_default_factory=True)
+    if default is None:
         return text
-    value = ("off", "on")[field.default] if isinstance(field.default, bool) else field.default
+    value = ("off", "on")[default] if isinstance(default, bool) else default
     return f"{text} (default: {value})".strip()

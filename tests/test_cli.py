@@ -141,7 +141,8 @@ def test_flags_arrive_as_settings(alone: bool, monkeypatch: pytest.MonkeyPatch) 
             if name.startswith("worker_c") or name in ("worker", "worker_key") if alone else cls is EngineConfig:
                 continue  # of a worker elsewhere, or only of one here
             flag = f"--{name.replace('_', '-')}"
-            value = field.default if field.default is not None else "9"
+            default = field.get_default(call_default_factory=True)
+            value = default if default is not None else "9"
             wanted[name] = value
             words += [f"--no-{flag[2:]}"] if value is False else [flag, str(value)]
     result = CliRunner().invoke(cli.app, ["doctor", *words])
