@@ -203,6 +203,9 @@ def test_what_is_no_image(kind: str, tmp_path: Path) -> None:
     for path in [*paths.values(), *(tmp_path / name for name in names), Path("/dev/zero"), Path("/dev/null")]:
         with pytest.raises(IndexDamaged, match=str(path)):
             index.load(path, "model")
+    paths["text"].write_bytes(whole[:12] + (1 << 20).to_bytes(4, "little") + bytes(2 << 20))
+    with pytest.raises(IndexDamaged, match="header of 1048576 bytes lies"):
+        index.load(paths["text"], "model")
     for path in (tmp_path / "fifo", Path("/dev/zero")):
         with pytest.raises(IndexDamaged, match="no regular file"):
             index.load(path, "model")
