@@ -3,17 +3,23 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from fakes import FakeBackend, FakeLibrary
+import checkpoints
+from fakes import EMBEDDER, FakeBackend, FakeLibrary
 
 from millrace.server.api.server import ApiServer
 from millrace.server.client import Client
 from millrace.server.config import BUILTIN, ServerConfig
+from millrace.server.gateway.embedding import TextEmbedder
 from millrace.server.gateway.gateway import Gateway
 from millrace.server.gateway.limits import Limits
 from millrace.server.gateway.routing import ModelCard, Routes
 from millrace.server.telemetry.metrics import Metrics
+from millrace.server.text.embedding_tokenizer import EmbeddingTokenizer
 from millrace.server.text.template import ChatTemplate
 from millrace.server.text.tokenizer import Tokenizer
 from millrace.server.types import Caller, TokenRequest
@@ -22,6 +28,13 @@ ANSWER = " keeps what comes in order"
 TOKENIZER = Tokenizer.load(BUILTIN)
 TEMPLATE = ChatTemplate.load(BUILTIN, TOKENIZER)
 IDS = TOKENIZER.encode(ANSWER, add_special_tokens=False)
+
+
+@cache
+def embedding_tokenizer() -> EmbeddingTokenizer:
+    with TemporaryDirectory() as directory:
+        checkpoints.write_wordpiece(Path(directory))
+        return EmbeddingTokenizer.load(Path(directory))
 
 
 class Backend(FakeBackend):
@@ -41,8 +54,9 @@ class Served:
         self.backend = Backend()
         self.authorization: str | None = None
         card = ModelCard("small", TOKENIZER, self.backend, TEMPLATE)
-        self.gateway = Gateway(Routes([card]), Limits(lambda tenant: 100), Metrics())
         self.library = FakeLibrary()
+        embedder = TextEmbedder(self.backend, embedding_tokenizer(), EMBEDDER)
+        self.gateway = Gateway(Routes([card]), Limits(lambda tenant: 100), Metrics(), self.library, embedder)
         self.api = ApiServer(self.gateway, ServerConfig(port=0), self.authenticate, 256, self.library)
 
     def authenticate(self, authorization: str | None) -> Caller:

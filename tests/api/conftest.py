@@ -5,12 +5,12 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
-import checkpoints
 import grpc
 import pytest
 from fakes import EMBEDDER, FakeBackend, FakeLibrary
 from google.rpc import error_details_pb2
 from google.rpc.status_pb2 import Status
+from served import embedding_tokenizer
 
 from millrace.server.api.server import ApiServer
 from millrace.server.config import BUILTIN, ServerConfig
@@ -20,7 +20,6 @@ from millrace.server.gateway.gateway import Gateway
 from millrace.server.gateway.limits import Limits
 from millrace.server.gateway.routing import ModelCard, Routes
 from millrace.server.telemetry.metrics import Metrics
-from millrace.server.text.embedding_tokenizer import EmbeddingTokenizer
 from millrace.server.text.template import ChatTemplate
 from millrace.server.text.tokenizer import Tokenizer
 from millrace.server.types import Caller
@@ -56,7 +55,6 @@ class House:
         card: ModelCard,
         config: ServerConfig,
         library: FakeLibrary | None,
-        embedding_tokenizer: EmbeddingTokenizer,
         *,
         keys: bool,
         max_context: int,
@@ -69,7 +67,7 @@ class House:
         self.limits = Limits(lambda tenant: self.limit)
         self.metrics = Metrics()
         self.library = library
-        embedder = TextEmbedder(self.backend, embedding_tokenizer, EMBEDDER) if library else None
+        embedder = TextEmbedder(self.backend, embedding_tokenizer(), EMBEDDER) if library else None
         routes = Routes([replace(card, backend=self.backend)])
         self.gateway = Gateway(routes, self.limits, self.metrics, library, embedder)
         self.server = ApiServer(self.gateway, config, authenticate if keys else anyone, max_context, library)
@@ -109,15 +107,8 @@ def card() -> ModelCard:
     )
 
 
-@pytest.fixture(scope="session")
-def embedding_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> EmbeddingTokenizer:
-    directory = tmp_path_factory.mktemp("wordpiece")
-    checkpoints.write_wordpiece(directory)
-    return EmbeddingTokenizer.load(directory)
-
-
 @pytest.fixture
-def open_house(card: ModelCard, embedding_tokenizer: EmbeddingTokenizer):  # type: ignore[no-untyped-def]  # the type of a context manager factory says nothing
+def open_house(card: ModelCard):  # type: ignore[no-untyped-def]  # the type of a context manager factory says nothing
     @asynccontextmanager
     async def factory(
         *,
@@ -127,7 +118,7 @@ def open_house(card: ModelCard, embedding_tokenizer: EmbeddingTokenizer):  # typ
         **settings: object,
     ) -> AsyncIterator[House]:
         config = ServerConfig.model_validate({"host": "127.0.0.1", "port": 0, **settings})
-        house = House(card, config, library(), embedding_tokenizer, keys=keys, max_context=max_context)
+        house = House(card, config, library(), keys=keys, max_context=max_context)
         await house.open()
         try:
             yield house

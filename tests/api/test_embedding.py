@@ -6,6 +6,7 @@ import grpc
 import numpy as np
 import pytest
 from fakes import EMBEDDER, bag_vector
+from served import embedding_tokenizer
 
 from millrace.server import errors
 from millrace.v1 import embedding_pb2 as pb
@@ -33,8 +34,8 @@ def expected(tokens: list[list[int]]) -> np.ndarray:
     return np.array([np.frombuffer(bag_vector(one, EMBEDDER.dimensions), "<f4") for one in tokens])
 
 
-async def test_one_row_for_each_input(house, embedding_tokenizer) -> None:
-    tokens = [embedding_tokenizer.encode(text) for text in TEXTS]
+async def test_one_row_for_each_input(house) -> None:
+    tokens = [embedding_tokenizer().encode(text) for text in TEXTS]
     answer = await house.embedding.Embed(texts(*TEXTS))
     assert (answer.model, answer.model_revision, answer.dimensions) == (EMBEDDER.name, EMBEDDER.revision, 128)
     assert answer.type == pb.EMBEDDING_TYPE_FLOAT32
@@ -96,8 +97,8 @@ async def test_one_wrong_input_refuses_the_request(house, details_of, message, r
     assert not house.backend.embed_requests
 
 
-async def test_truncation_counts_special_tokens(house, embedding_tokenizer) -> None:
-    whole = embedding_tokenizer.encode("mill race the mill race")
+async def test_truncation_counts_special_tokens(house) -> None:
+    whole = embedding_tokenizer().encode("mill race the mill race")
     for count in (1, 2, 3, len(whole), 256):
         answer = await house.embedding.Embed(texts("mill race the mill race", truncate_tokens=count))
         sent = list(house.backend.embed_requests[-1].texts[0])
