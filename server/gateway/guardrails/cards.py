@@ -1,6 +1,6 @@
 """Payment card numbers: 13 to 19 digits, an issuer's first digits, a valid check digit (ISO/IEC 7812)."""
 
-from millrace.server.gateway.guardrails.numbers import LETTERS, detached, groups
+from millrace.server.gateway.guardrails.numbers import LETTERS, Place
 
 SIXTEEN, TO_NINETEEN = (16,), (16, 17, 18, 19)
 # First digits, from and to, and the lengths that the issuer uses.
@@ -27,32 +27,32 @@ ISSUERS = (
     (b"5893", b"5893", (13, 14, 15, *TO_NINETEEN)),
     (b"6304", b"6304", (13, 14, 15, *TO_NINETEEN)),
     (b"6759", b"6763", (13, 14, 15, *TO_NINETEEN)),
-    (b"50", b"50", TO_NINETEEN),
-    (b"56", b"58", TO_NINETEEN),
-    (b"63", b"63", TO_NINETEEN),
-    (b"67", b"67", TO_NINETEEN),
+    (b"50", b"50", (16, 19)),
+    (b"56", b"58", (16, 19)),
+    (b"63", b"63", (16, 19)),
+    (b"67", b"67", (16, 19)),
 )
-MAX_DIGITS = 19
+MIN_DIGITS, MAX_DIGITS = 13, 19
 EAN = 13  # digits of a bar code
 
 _VALUE = bytes(byte % 16 for byte in range(256))
 _DOUBLED = bytes(2 * (byte % 16) // 10 + 2 * (byte % 16) % 10 for byte in range(256))
 
 
-def card(left: bytes, view: bytes) -> int:
-    """Length of the longest card number that begins `view`, behind `left`; 0: there is none.
+def card(place: Place) -> int:
+    """Length of the longest card number that begins here; 0: there is none.
 
     Its digits stand together, or in groups of 3 to 8 of which the first has 4 or more.
     """
-    if not detached(left):
+    if not place.detached():
         return 0
     digits, longest = b"", 0
-    for number, group in enumerate(groups(view)):
+    for number, group in enumerate(place.groups):
         size, together = len(group.digits), number == 0 and len(group.digits) > 8
-        if not together and not (3 if number else 4) <= size <= 8:
+        if group.separator == b"/" or not (together or (3 if number else 4) <= size <= 8):
             break
         digits += group.digits
-        if is_card(digits) and not (group.end < len(view) and view[group.end] in LETTERS):
+        if is_card(digits) and not (group.end < len(place.view) and place.view[group.end] in LETTERS):
             longest = group.end
         if together or len(digits) >= MAX_DIGITS:
             break
@@ -60,8 +60,9 @@ def card(left: bytes, view: bytes) -> int:
 
 
 def is_card(digits: bytes) -> bool:
-    issued = any(low <= digits[: len(low)] <= high and len(digits) in lengths for low, high, lengths in ISSUERS)
-    return issued and luhn(digits) and not (len(digits) == EAN and _is_ean(digits))
+    if not MIN_DIGITS <= len(digits) <= MAX_DIGITS or not luhn(digits) or (len(digits) == EAN and _is_ean(digits)):
+        return False
+    return any(low <= digits[: len(low)] <= high and len(digits) in lengths for low, high, lengths in ISSUERS)
 
 
 def luhn(digits: bytes) -> bool:

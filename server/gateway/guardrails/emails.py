@@ -26,7 +26,7 @@ _IMAGES = frozenset({b"png", b"jpg", b"jpeg", b"gif", b"svg", b"webp"})  # icon@
 _PLACE = pattern(rb"[a-z0-9\xe0_.%+\-!#$&'*^~]@[a-z0-9\xe0\xe1-]+\.[a-z0-9\xe0\xe1]")
 
 
-def place(data: bytes, start: int) -> int:
+def find(data: bytes, start: int) -> int:
     """Index of the next @ from `start` on that may be one of an address; len(data): there is none."""
     if data.find(b"@", start) < 0:
         return len(data)

@@ -1,9 +1,10 @@
 """Telephone numbers: international ones behind + or 00 (ITU-T E.164), North American ones with separators."""
 
-from millrace.server.gateway.guardrails.folding import LONG_DASH, pattern
-from millrace.server.gateway.guardrails.numbers import SEPARATOR, detached, groups
+from millrace.server.gateway.guardrails.folding import pattern
+from millrace.server.gateway.guardrails.numbers import DASHES, SEPARATOR, Place, groups
 
 MAX_DIGITS = 15
+COLUMNS = b"  "  # two spaces part the columns of a table
 # How many digits follow the country code, least and most, where the plan is narrower than E.164.
 PLANS = {
     b"1": (10, 10), b"7": (10, 10), b"20": (8, 10), b"27": (9, 9), b"30": (10, 10), b"31": (9, 9), b"32": (8, 9),
@@ -24,19 +25,19 @@ THREE_DIGITS = (b"21", b"22", b"23", b"24", b"25", b"26", b"29", b"35", b"37", b
 _CODE = pattern(rb"\(\+([1-9][0-9]{0,2})\)" + SEPARATOR + rb"?|\+|00" + SEPARATOR + rb"?")
 _AREA = pattern(rb"([0-9]{0,3}) ?\(([0-9]{1,5})\)" + SEPARATOR + rb"?")
 _NORTH_AMERICAN = pattern(
-    rb"(?:1" + SEPARATOR + rb"?)?(?:\(([2-9][0-9]{2})\)" + SEPARATOR + rb"?|([2-9][0-9]{2})" + SEPARATOR + rb")"
-    rb"([2-9][0-9]{2})" + SEPARATOR + rb"([0-9]{4})"
+    rb"(?:1" + SEPARATOR + rb"?)?\(([2-9][0-9]{2})\)" + SEPARATOR + rb"?([2-9][0-9]{2})" + SEPARATOR + rb"[0-9]{4}"
 )
 
 
-def phone(left: bytes, view: bytes) -> int:
-    """Length of the longest telephone number that begins `view`, behind `left`; 0: there is none."""
-    if view[:1] in (b"+", b"("):
-        if left[-1:].isdigit():
-            return 0
-    elif not detached(left, glue=b"-" + LONG_DASH + (b" " if view.startswith(b"00") else b"")):
-        return 0  # "00 …" behind digits and a space is a group of a longer number, an IBAN's for one
-    return max(_international(view), _north_american(view))
+def phone(place: Place) -> int:
+    """Length of the longest telephone number that begins here; 0: there is none."""
+    if place.view[:1] in (b"+", b"("):
+        if place.left[-1:].isdigit() or (place.left[-1:] == b"e" and place.left[-2:-1].isdigit()):
+            return 0  # a sum or an exponent
+    # "00 …" behind digits and a space is a group of a longer number, an IBAN's for one.
+    elif not place.detached(glue=DASHES + (b" " if place.view.startswith(b"00") else b"")):
+        return 0
+    return max(_international(place.view), _north_american(place))
 
 
 def _international(view: bytes) -> int:
@@ -53,7 +54,7 @@ def _international(view: bytes) -> int:
     for group in groups(view[start:]):
         separators.add(group.separator)
         digits += group.digits
-        if len(digits) > MAX_DIGITS:
+        if len(digits) > MAX_DIGITS or group.separator == COLUMNS:
             break
         dotted = b"." in separators and len(separators - {b""}) > 1
         spelled = not zeros or area is not None or len(separators) > 1 or len(opening.group()) > 2
@@ -81,8 +82,15 @@ def _is_exchange(area: bytes, exchange: bytes) -> bool:
     return all(b"200" <= part <= b"999" and part[1:] != b"11" for part in (area, exchange))
 
 
-def _north_american(view: bytes) -> int:
-    match = _NORTH_AMERICAN.match(view)
-    if match is None or view[match.end() : match.end() + 1].isdigit():
+def _north_american(place: Place) -> int:
+    view, parts = place.view, place.groups[:4]
+    if b"(" in view[:6]:
+        match = _NORTH_AMERICAN.match(view)
+        if match is None or view[match.end() : match.end() + 1].isdigit():
+            return 0
+        return match.end() if _is_exchange(match.group(1), match.group(2)) else 0
+    if parts and parts[0].digits == b"1":
+        parts = parts[1:]
+    if [len(part.digits) for part in parts[:3]] != [3, 3, 4] or COLUMNS in {part.separator for part in parts[:3]}:
         return 0
-    return match.end() if _is_exchange(match.group(1) or match.group(2), match.group(3)) else 0
+    return parts[2].end if _is_exchange(parts[0].digits, parts[1].digits) else 0

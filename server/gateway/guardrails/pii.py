@@ -91,8 +91,8 @@ class _Reader:
         self._data = self._folded.data
         self._open = len(self._data) if last else self._first_open(len(text))
         self._position = 0
-        self._at = emails.place(self._data, 0)
-        self._number = numbers.place(self._data, 0)
+        self._at = emails.find(self._data, 0)
+        self._number = numbers.find(self._data, 0) if numbers.some(self._data) else len(self._data)
 
     def read(self) -> list[Finding]:
         found, origins = [], self._folded.origins
@@ -111,9 +111,9 @@ class _Reader:
     def _go_on(self, position: int, before: bytes) -> None:
         self._position, self.before = position, before
         if self._at < position:
-            self._at = emails.place(self._data, position)
+            self._at = emails.find(self._data, position)
         if self._number < position:
-            self._number = numbers.place(self._data, position)
+            self._number = numbers.find(self._data, position)
 
     def _next(self) -> _Match | None:
         """The leftmost match in the decided part, of those that begin there the longest."""
@@ -131,12 +131,12 @@ class _Reader:
         number, at = self._number, self._at
         email = self._email_around(at) if at - number <= emails.MAX_LOCAL else None
         if at < number:
-            self._at = at if email else emails.place(self._data, at + 1)
+            self._at = at if email else emails.find(self._data, at + 1)
             return [email] if email else []
         matches = [self._number_from(number), email if email and email.start <= number else None]
         found = [match for match in matches if match]
         if not found:
-            self._number = numbers.place(self._data, numbers.after(self._data, number))
+            self._number = numbers.find(self._data, numbers.after(self._data, number))
         return found
 
     def _left(self, index: int) -> bytes:
@@ -146,8 +146,8 @@ class _Reader:
 
     def _number_from(self, start: int) -> _Match | None:
         end = min(self._folded.reach(start, HOLD_BACK), start + numbers.MAX_NUMBER + 1)
-        left, view = self._left(start), self._data[start:end]
-        lengths = {"card": card(left, view), "ssn": ssn(left, view), "phone": phone(left, view)}
+        place = numbers.place(self._left(start), self._data[start:end])
+        lengths = {"card": card(place), "ssn": ssn(place), "phone": phone(place)}
         category = max(lengths, key=lengths.__getitem__)
         return _Match(category, start, start + lengths[category]) if lengths[category] else None
 
