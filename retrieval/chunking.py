@@ -147,16 +147,14 @@ class Chunker:
         return start
 
     def _beginnings(self, text: str, previous: int, start: int) -> Iterator[int]:
-        """Candidates, best first: the last heading, the first sentence, word or character of the last few tokens."""
+        """Candidates, best first: the first sentences, the first word, the first character of the last few tokens."""
         first = max(previous, start - self._overlap_tokens * CHARACTERS_PER_TOKEN)
         offsets = self._tokenizer.encode(text[first:start], add_special_tokens=False).offsets
         if not offsets:
             return
         first += offsets[max(0, len(offsets) - self._overlap_tokens)][0]
         tail = text[first:start]
-        units = list(spans(tail))
-        yield from (first + unit.start for unit in reversed(units) if unit.is_heading)
-        yield from (first + unit.start for unit in units if unit.start or first == previous)
+        yield from (first + unit.start for unit in spans(tail) if unit.start or first == previous)
         if word := WORD.search(tail):
             yield first + word.end()
         yield whole_characters(text, previous, first)
