@@ -79,7 +79,7 @@ DISTILBERT = Names(
 def bert(config: Fields, architecture: str) -> ModelSpec:
     types = config.integer("type_vocab_size", 1, 1 << 16, 2)
     eps = config.number("layer_norm_eps", 0, 1, PUBLISHED_EPS)
-    return encoder_spec(config, architecture, BERT, eps=eps, token_types=types)
+    return _encoder_spec(config, architecture, BERT, eps=eps, token_types=types)
 
 
 def roberta(config: Fields, architecture: str) -> ModelSpec:
@@ -87,15 +87,15 @@ def roberta(config: Fields, architecture: str) -> ModelSpec:
     types = config.integer("type_vocab_size", 1, 1 << 16, 2)
     eps = config.number("layer_norm_eps", 0, 1, PUBLISHED_EPS)
     offset = config.integer("pad_token_id", 0, MAX_CONTEXT, 1) + 1
-    return encoder_spec(config, architecture, BERT, eps=eps, token_types=types, position_offset=offset)
+    return _encoder_spec(config, architecture, BERT, eps=eps, token_types=types, position_offset=offset)
 
 
 def distilbert(config: Fields, architecture: str) -> ModelSpec:
     """No token types; the epsilon of its norms is no setting."""
-    return encoder_spec(config, architecture, DISTILBERT, eps=PUBLISHED_EPS)
+    return _encoder_spec(config, architecture, DISTILBERT, eps=PUBLISHED_EPS)
 
 
-def encoder_spec(
+def _encoder_spec(
     config: Fields,
     architecture: str,
     names: Names,
@@ -124,8 +124,8 @@ def encoder_spec(
         architecture=architecture,
         vocab_size=vocab,
         hidden_size=hidden,
-        # All of the table: a sentence-transformers directory names a shorter `max_seq_length`, which is the length
-        # that its training cut texts to. Chunks are made to fit the model, and what one says at its end counts.
+        # All of the table. The `max_seq_length` of a sentence-transformers directory is only where its training cut
+        # texts off; chunks as long as the table are embedded whole, or their ends could never be found.
         context=positions - position_offset,
         layers=tuple(
             LayerSpec(norm, attention, mlp, _layer_weights(f"{names.layers}.{index}", names.modules, hidden, size))
