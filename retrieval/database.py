@@ -165,13 +165,14 @@ def _open_writer(path: Path) -> sqlite3.Connection:
         raise ConfigError(f"this Python has SQLite {sqlite3.sqlite_version}; use one with 3.37 or newer")
     db = None
     try:
+        path.touch(mode=0o600)  # SQLite would let everybody read it
         db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         schema.migrate(db)
         for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
             db.execute(f"PRAGMA {pragma}")
         db.execute(f"PRAGMA journal_size_limit = {WAL_BYTES}")
         return db
-    except (sqlite3.Error, ValueError) as error:
+    except (sqlite3.Error, ValueError, OSError) as error:
         if db:
             db.close()
         raise ConfigError(

@@ -56,7 +56,7 @@ def where(collection: int, conditions: Filter) -> Where:
             f"document IN (SELECT document FROM metadata WHERE collection = {collection:d} AND key = ? AND {test})"
         )
         values += [condition.key, *of_test]
-    return Where(f"SELECT label FROM chunks WHERE collection = {collection:d} AND {' AND '.join(tests)}", tuple(values))
+    return Where(f"SELECT label FROM chunks WHERE {' AND '.join(tests)}", tuple(values))
 
 
 def _test(field: str, condition: Condition) -> tuple[str, list[Scalar]]:

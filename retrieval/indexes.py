@@ -162,8 +162,12 @@ class Indexes:
             path.unlink()
 
     def _at(self, change: Change) -> _Loaded | None:
+        """What is loaded for the collection, unless the change is the first with another embedder."""
         loaded = self._loaded.get(change.collection.id)
-        return loaded if loaded and loaded.collection.embedder == change.collection.embedder else None
+        if loaded and loaded.collection.embedder != change.collection.embedder:
+            self.drop(change.collection)
+            return None
+        return loaded
 
     def _path(self, collection: Collection) -> Path:
         return self._directory / f"{collection.uid}.index"

@@ -136,6 +136,7 @@ def test_a_directory_without_permission(tmp_path) -> None:
 async def test_a_missing_directory_is_made_private(tmp_path) -> None:
     async with library(tmp_path / "a" / "b"):
         assert (tmp_path / "a" / "b").stat().st_mode & 0o777 == 0o700
+        assert {path.stat().st_mode & 0o077 for path in (tmp_path / "a" / "b").iterdir()} == {0}
 
 
 def foreign(path: Path) -> None:

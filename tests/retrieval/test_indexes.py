@@ -1,6 +1,8 @@
 """The index after every opening is the one that SQLite's vectors make, whatever lies in its image's place."""
 
+import asyncio
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +12,8 @@ from retrieval_audit import audit
 from retrieval_fakes import WordEmbedder, document, library, prose
 
 from millrace.retrieval import indexes
+from millrace.retrieval.catalog import Collection
+from millrace.retrieval.documents import Change
 from millrace.retrieval.index.auto import AutoIndex
 from millrace.retrieval.types import SearchMode, SearchRequest
 
@@ -32,8 +36,9 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 
 async def ask(lib) -> dict[str, float]:
-    """Every document, with its score."""
-    request = SearchRequest("c", "word1 word2", top_k=50, candidates=50, mode=SearchMode.VECTOR)
+    """Every document, with its score. A label too many in the index would take the place of one."""
+    count = (await lib.list_collections("t"))[0].documents
+    request = SearchRequest("c", "word1 word2", top_k=count, candidates=count, mode=SearchMode.VECTOR)
     return {hit.chunk.document_id: hit.score for hit in (await lib.search("t", request)).hits}
 
 
@@ -157,14 +162,41 @@ async def test_what_cannot_be_stored_leaves_the_index_as_it_was(tmp_path, monkey
         before = await ask(lib)
         results = [await _error(lib.upsert("t", "c", document(f"e{n}", prose(WORDS, 8, seed=n)))) for n in range(3)]
         assert all(results)
-        monkeypatch.setattr(lib._indexes, "add", _fail)
-        assert await _error(lib.upsert("t", "c", document("d1", "other")))
+        add = lib._indexes.add
+
+        def fail(change: Change) -> None:
+            add(change)
+            raise MemoryError("no room")
+
+        monkeypatch.setattr(lib._indexes, "add", fail)
+        assert await _error(lib.upsert("t", "c", document("d1", "word1 word2")))
         assert await ask(lib) == before
     assert await _reopened(tmp_path) == before
 
 
-def _fail(change: object) -> None:
-    raise MemoryError("no room")
+async def test_writes_while_it_is_loaded(tmp_path, monkeypatch) -> None:
+    async with library(tmp_path) as lib:
+        await fill(lib, range(12))
+        await ask(lib)
+    built, go_on = threading.Event(), threading.Event()
+    async with library(tmp_path) as lib:
+        build = lib._indexes._build
+
+        def slow(collection: Collection) -> object:
+            loaded = build(collection)
+            built.set()
+            assert go_on.wait(10)
+            return loaded
+
+        monkeypatch.setattr(lib._indexes, "_build", slow)
+        search = asyncio.create_task(ask(lib))
+        await asyncio.to_thread(built.wait)
+        await lib.upsert("t", "c", document("d99", "word1 word2"))
+        await lib.delete_documents("t", "c", ["d1", "d2"])
+        go_on.set()
+        await search
+        after = await ask(lib)
+    assert after == pytest.approx(expected(tmp_path), abs=1e-6)
 
 
 async def _error(call) -> BaseException | None:

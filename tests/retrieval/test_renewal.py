@@ -102,6 +102,9 @@ async def test_a_model_that_comes_late(tmp_path) -> None:
         with pytest.raises(ModelLoading):
             await lib.search("t", SearchRequest("c", "word1"))
         embedder.fault = None
+        async with asyncio.timeout(10):
+            while (await lib.list_collections("t"))[0].embedding_model != "new":  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
         await until_searchable(lib)
     audit(tmp_path, embedder)
 
@@ -125,6 +128,22 @@ async def test_a_model_that_changes_while_serving(tmp_path) -> None:
     audit(tmp_path, embedder)
 
 
+async def test_uploads_with_one_model_and_another(tmp_path) -> None:
+    """An index of the first model must not pass for whole when that model is back."""
+    embedder = WordEmbedder(*OLD)
+    old, new = embedder.described, WordEmbedder(*NEW).described
+    async with library(tmp_path, embedder) as lib:
+        await lib.upsert("t", "c", document("a", "word1"))
+        await until_searchable(lib)
+        for described, name in ((new, "b"), (old, "e")):
+            embedder.described = described
+            await lib.upsert("t", "c", document(name, "word1"))
+        await until_searchable(lib)
+        request = SearchRequest("c", "word1", mode=SearchMode.VECTOR)
+        assert len((await lib.search("t", request)).hits) == 3
+    audit(tmp_path, embedder)
+
+
 async def test_a_model_that_changes_during_an_upload(tmp_path) -> None:
     embedder = WordEmbedder(*OLD)
     async with library(tmp_path, embedder) as lib:
@@ -136,3 +155,16 @@ async def test_a_model_that_changes_during_an_upload(tmp_path) -> None:
         with pytest.raises(Unavailable, match="exchanged"):
             await upload
         assert await lib.list_collections("t") == []
+
+
+async def test_an_upload_renews_its_document_at_once(tmp_path) -> None:
+    await fill(tmp_path, WordEmbedder(*OLD), 2)
+    embedder = WordEmbedder(*NEW)
+    async with library(tmp_path, embedder) as lib:
+        for task in lib._tasks:
+            task.cancel()
+        done = [
+            await lib.upsert("t", "c", document(f"d{n}", prose(WORDS, 8, seed=n), title=f"title {n}")) for n in range(2)
+        ]
+        assert [result.chunks_embedded for result in done] == [1, 1]
+    audit(tmp_path, embedder)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from retrieval_fakes import DIMENSIONS, WordEmbedder, document, library, prose
 
+from millrace.retrieval import lexical
 from millrace.retrieval.types import Condition, SearchMode, SearchRequest
 from millrace.server.errors import CollectionNotFound, FeatureUnsupported, InvalidRequest, InvalidVector
 
@@ -267,3 +268,45 @@ async def test_cancelling_a_search_cancels_its_embedding(tmp_path) -> None:
         with pytest.raises(asyncio.CancelledError):
             await search
         assert asyncio.all_tasks() == before
+
+
+async def test_a_failure_beside_the_embedding_ends_it(tmp_path, monkeypatch) -> None:
+    embedder = WordEmbedder()
+    async with library(tmp_path, embedder) as lib:
+        await lib.upsert("t", "c", document("d", "parcels"))
+        monkeypatch.setattr(lexical, "search", lambda *_: 1 / 0)
+        embedder.gate.clear()
+        async with asyncio.timeout(5):
+            with pytest.raises(ZeroDivisionError):
+                await lib.search("t", SearchRequest("c", "parcels"))
+
+
+async def test_a_collection_deleted_during_the_search(tmp_path, monkeypatch) -> None:
+    async with library(tmp_path) as lib:
+        index = lib._retriever._index
+
+        async def deleting(collection):
+            found = await index(collection)
+            await lib.delete_collection("t", "c")
+            return found
+
+        monkeypatch.setattr(lib._retriever, "_index", deleting)
+        for again in (False, True):
+            await lib.upsert("t", "c", document("d", "parcels"))
+            if again:
+                monkeypatch.undo()
+                monkeypatch.setattr(lib._embedder, "embed", _deleting_first(lib))
+            with pytest.raises(CollectionNotFound):
+                await lib.search("t", SearchRequest("c", "parcels"))
+
+
+def _deleting_first(lib):
+    embed = lib._embedder.embed
+
+    async def deleting(*args, **kwargs):
+        embedded = await embed(*args, **kwargs)
+        await asyncio.sleep(0.05)  # the lexical stage has answered
+        await lib.delete_collection("t", "c")
+        return embedded
+
+    return deleting
