@@ -101,7 +101,7 @@ class RetrievalConfig(Component):
     answer_mode: Literal["auto", "generative", "extractive"] = Field(
         "auto", description="how questions are answered; auto: extractive for the built-in model, else generative"
     )
-    min_support: float = Field(0.4, ge=0, le=1, description="support in the documents that an answer needs")
+    min_support: float = Field(0.35, ge=0, le=1, description="support in the documents that an answer needs")
 
 
 class ServerConfig(Component):

@@ -24,13 +24,13 @@ DOCS = Path(__file__).resolve().parent.parent / "examples" / "docs"
 COLLECTION = "shop"
 # Questions to the documents, each with the one that has the answer and words of the answer.
 QUESTIONS = (
-    ("How much do I have to spend to get free postage to my home?", "docs/shipping-domestic.md", "£50"),
-    ("How many pictures do you need of a plate that arrived in pieces?", "docs/lost-and-damaged-parcels.md", "three"),
-    ("What is the weight limit for a box sent to France?", "docs/shipping-international.md", "20 kg"),
+    ("How long do I have to return a kettle?", "docs/returns-policy.md", "45 days"),
+    ("For how many years are cast-iron pans guaranteed?", "docs/warranty.md", "10 years"),
+    ("How long are phone calls kept?", "docs/privacy.html", "90 days"),
 )
 UNANSWERABLE = "Who painted the ceiling of the Sistine Chapel?"
 REFUSAL = "I don't have enough information to answer that."
-MASKED = ("Write to me at jo@mail.example: what is your e-mail address for questions about invoices?", "@")
+MASKED = ("Where do I write to if I have a complaint? I am jo@mail.example.", "@")
 
 PROMPT = "What does a load balancer do? A load balancer"
 SUBJECTS = ("A cache", "A queue", "A thread", "A token", "An index", "A server", "A client", "A lock") * 2

@@ -142,9 +142,11 @@ class AsyncClient(Calls):
         request = collection_request(collection)
         return int((await self._call(self._retrieval.DeleteCollection, request)).documents)
 
-    async def query(self, collection: str, text: str, **options: Unpack[QueryOptions]) -> retrieval_pb2.QueryResponse:
+    async def query(
+        self, collection: str, question: str | Sequence[float], **options: Unpack[QueryOptions]
+    ) -> retrieval_pb2.QueryResponse:
         """The chunks that answer best, with what each stage of the search said of them."""
-        request = query_request(collection, text, options)
+        request = query_request(collection, question, options)
         answer: retrieval_pb2.QueryResponse = await self._call(self._retrieval.Query, request)
         return answer
 

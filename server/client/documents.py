@@ -3,6 +3,7 @@
 import sys
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from struct import pack
 from typing import Any, TypedDict
 
 from google.protobuf.struct_pb2 import ListValue, Struct, Value
@@ -117,12 +118,18 @@ def collection_request(collection: str) -> pb.DeleteCollectionRequest:
         return pb.DeleteCollectionRequest(collection=collection)
 
 
-def query_request(collection: str, text: str, options: QueryOptions) -> pb.QueryRequest:
-    """Raises TypeError for an option that there is not, InvalidRequest for a value that its field cannot hold."""
+def query_request(collection: str, question: str | Sequence[float], options: QueryOptions) -> pb.QueryRequest:
+    """`question`: a text, or a vector to compare with.
+
+    Raises TypeError for an option that there is not, InvalidRequest for a value that its field cannot hold.
+    """
     with field("collection"):
         request = pb.QueryRequest(collection=collection)
-    with field("text"):
-        request.text = text
+    with field("question"):
+        if isinstance(question, str):
+            request.text = question
+        else:
+            request.vector_f32le = pack(f"<{len(question)}f", *question)
     plain = {name: value for name, value in options.items() if name != "filter"}
     set_fields(request, plain, QueryOptions.__annotations__)
     request.filter.extend(conditions(options.get("filter", {})))

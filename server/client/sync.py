@@ -132,10 +132,12 @@ class Client(Calls):
         """How many documents it had."""
         return int(self._call(self._retrieval.DeleteCollection, collection_request(collection)).documents)
 
-    def query(self, collection: str, text: str, **options: Unpack[QueryOptions]) -> retrieval_pb2.QueryResponse:
+    def query(
+        self, collection: str, question: str | Sequence[float], **options: Unpack[QueryOptions]
+    ) -> retrieval_pb2.QueryResponse:
         """The chunks that answer best, with what each stage of the search said of them."""
         answer: retrieval_pb2.QueryResponse = self._call(
-            self._retrieval.Query, query_request(collection, text, options)
+            self._retrieval.Query, query_request(collection, question, options)
         )
         return answer
 
