@@ -8,7 +8,8 @@ from itertools import zip_longest
 from millrace.server.errors import InternalError
 from millrace.server.gateway.citing import MarkerCitations
 from millrace.server.gateway.guardrails.base import Guard
-from millrace.server.text.citations import CitationMarkers, Marked
+from millrace.server.text.citations import CitationMarkers, Marked, Places
+from millrace.server.text.holdback import Stage
 from millrace.server.text.stream import Emitted, TextStream
 from millrace.server.text.tokenizer import Tokenizer
 from millrace.server.types import (
@@ -41,9 +42,9 @@ class Choice:
         text: TextStream | None,
         request: GenerateRequest,
         ran_out: FinishReason,
-        markers: CitationMarkers | None = None,
+        places: Places | None = None,
     ):
-        self.index, self._text, self._ran_out, self._markers = index, text, ran_out, markers
+        self.index, self._text, self._ran_out, self._places = index, text, ran_out, places
         self._output: OutputOptions = request.output
         self._include_stop = request.stopping.include_stop
         self._held_ids: list[int] = []
@@ -73,7 +74,7 @@ class Choice:
 
     def cited(self) -> list[Marked]:
         """Markers whose text has gone out since the last call."""
-        found = self._markers.found if self._markers else deque[Marked]()
+        found = self._places.found if self._places else deque[Marked]()
         return [found.popleft() for _ in range(sum(one.end <= self._released for one in found))]
 
     def _release(self, emitted: Emitted, finish: Finish | None = None) -> list[ChoiceDelta]:
@@ -138,12 +139,15 @@ class Choices:
         continues = not isinstance(request.prompt, ChatPrompt)  # an answer to a conversation begins a text
         self._choices = []
         for index in range(request.sampling.n):
-            markers = CitationMarkers(len(sources)) if sources else None
-            stages = [*([guard.stream()] if guard else []), *([markers] if markers else [])]
-            text = None
+            mask, places, text = guard.stream() if guard else None, None, None
+            stages: list[Stage] = [mask] if mask else []
+            if sources:
+                markers = CitationMarkers(len(sources))
+                places = Places(markers, mask)
+                stages = [markers, places]
             if request.output.text or stops or stages:
                 text = TextStream(tokenizer, stops, include_stop, stages=stages, continues=continues)
-            self._choices.append(Choice(index, text, request, ran_out, markers))
+            self._choices.append(Choice(index, text, request, ran_out, places))
         self._citations = MarkerCitations(sources)
         self._stop = stop
         self._continuous_usage = request.output.continuous_usage
@@ -195,4 +199,4 @@ class Choices:
             yield Deltas(choices, self.usage if self._continuous_usage else None)
         for choice in self._choices:
             for marked in choice.cited():
-                yield self._citations.cite(choice.index, marked)
+                yield from self._citations.cite(choice.index, marked)

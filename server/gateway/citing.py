@@ -1,6 +1,6 @@
 """Citations: which bytes of an answer stand on which bytes of a document."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from millrace.server.gateway.support import Coverage, Quote, stems_of
 from millrace.server.text.citations import Marked
@@ -20,12 +20,13 @@ class MarkerCitations:
         self._sources = sources
         self._stems = [stems_of(f"{one.hit.chunk.title}\n{one.hit.chunk.text}") for one in sources]
 
-    def cite(self, choice: int, marked: Marked) -> Citation:
+    def cite(self, choice: int, marked: Marked) -> Iterator[Citation]:
         """The score is the share of content words of the marker's sentence that the chunk has."""
-        source, stems = self._sources[marked.number - 1], self._stems[marked.number - 1]
-        score = Coverage(marked.statement, self._stems).of(stems)
-        chunk = source.hit.chunk
-        return _citation(source, choice, (chunk.byte_start, chunk.byte_end), score, (marked.start, marked.end))
+        coverage = Coverage(marked.statement, self._stems)
+        for number in marked.numbers:
+            source, score = self._sources[number - 1], coverage.of(self._stems[number - 1])
+            chunk = source.hit.chunk
+            yield _citation(source, choice, (chunk.byte_start, chunk.byte_end), score, (marked.start, marked.end))
 
 
 def _citation(source: Source, choice: int, document: tuple[int, int], score: float, text: tuple[int, int]) -> Citation:

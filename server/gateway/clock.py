@@ -46,7 +46,7 @@ class Clock:
 
 
 async def interruptible(live: LiveRequest, work: Awaitable[T], end: float | None = None) -> T:
-    """The result of `work`, which is cancelled if the request is ended, raising its error, or at `end`: TimeoutError."""
+    """The result of `work`, which is cancelled if the request is ended (its error) or at `end` (TimeoutError)."""
     loop = asyncio.get_running_loop()
     try:
         async with asyncio.timeout_at(end) as timeout:

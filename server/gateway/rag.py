@@ -110,7 +110,7 @@ class Rag:
         found = await run_beside(self._executor, size, lambda: preselect(query, candidates(sources)))
         if not found:
             return [], 0
-        texts = [query, *(candidate.text for candidate in found)]
+        texts = [query, *(candidate.readable for candidate in found)]
         vectors, tokens = await self._embedder.embed(texts, tenant=tenant, truncate=True)
         scores = supports(query, found, cosines(vectors[0], vectors[1:]))
         enough = either(options.min_support, self._min_support)

@@ -1,8 +1,8 @@
 """How well sentences of the sources support an answer to a question: a number in [0, 1] for each. Pure functions.
 
-    support = 0.6 x cosine similarity of question and sentence
-            + 0.2 x coverage of the question by the sentence
-            + 0.2 x coverage by the sentence, its neighbours, its heading and its document's title
+    support = 0.7  x cosine similarity of the question and the sentence under its heading
+            + 0.15 x coverage of the question by the sentence
+            + 0.15 x coverage by the sentence, its neighbours, its heading and its document's title
 
 Coverage is the share of the question's content words that a text has, as stems, each weighted by how rare it is
 among the candidates. The weights were chosen on the development half of XQuAD and on the example shop; what they
@@ -18,7 +18,7 @@ from millrace.retrieval.lexical import STOP_WORDS
 from millrace.retrieval.sentences import sentences
 from millrace.server.types import Source
 
-SIMILARITY, COVERAGE, NEARBY = 0.6, 0.2, 0.2
+SIMILARITY, COVERAGE, NEARBY = 0.7, 0.15, 0.15
 MIN_SUPPORT = 0.4  # without it there is no answer
 CANDIDATES = 48  # sentences that are embedded for one question
 
@@ -35,13 +35,15 @@ SHORTEST_STEM = 3
 class Candidate:
     """A sentence of a source: bytes [byte_start, byte_end) of the document.
 
-    `stems` are of its content words, `nearby` also of its neighbours, its heading and the document's title.
+    `readable` is the sentence under its heading, which a vector is made of. `stems` are of its content words, `nearby`
+    also of its neighbours, its heading and the document's title.
     """
 
     source: Source
     text: str
     byte_start: int
     byte_end: int
+    readable: str
     stems: frozenset[str]
     nearby: frozenset[str]
 
@@ -78,16 +80,17 @@ def candidates(sources: Sequence[Source]) -> list[Candidate]:
 
 
 def _of_source(source: Source) -> Iterable[Candidate]:
-    chunk, heading = source.hit.chunk, stems_of("")
+    chunk, heading, above = source.hit.chunk, "", stems_of("")
     title, parts = stems_of(chunk.title), sentences(chunk.text)
     stems = [stems_of(part.text) for part in parts]
     for i, part in enumerate(parts):
         if part.is_heading:
-            heading = stems[i]
+            heading, above = part.text.strip("# "), stems[i]
             continue
-        nearby = title.union(heading, *stems[max(i - 1, 0) : i + 2])
+        readable = f"{heading}. {part.text}" if heading else part.text
+        nearby = title.union(above, *stems[max(i - 1, 0) : i + 2])
         start, end = chunk.byte_start + part.byte_start, chunk.byte_start + part.byte_end
-        yield Candidate(source, part.text, start, end, stems[i], nearby)
+        yield Candidate(source, part.text, start, end, readable, stems[i], nearby)
 
 
 class Coverage:

@@ -9,7 +9,7 @@ import re
 from collections import deque
 from typing import NamedTuple
 
-from millrace.server.text.holdback import Piece
+from millrace.server.text.holdback import Piece, Stage
 
 NUMBER = r"[1-9][0-9]{0,2}"
 OPEN = re.compile(rf" ?(?:\[(?:{NUMBER}, ?){{0,49}}(?:{NUMBER})?)?")  # whatever a marker may begin with
@@ -18,19 +18,19 @@ STATEMENT = 1000  # characters of a statement that are remembered
 
 
 class Marked(NamedTuple):
-    """A marker names source `number`. Bytes [start, end) of the stage's output, UTF-8, are the marker.
+    """A marker names the sources `numbers`, each once, and is characters (of Places: bytes) [start, end) of a text.
 
     `statement` is the sentence that it ends or follows, without markers.
     """
 
-    number: int
+    numbers: tuple[int, ...]
     start: int
     end: int
     statement: str
 
 
 class CitationMarkers:
-    """A stage after which no marker names anything but a source, 1 to `sources`. `found` is what it came upon.
+    """A stage after which no marker names anything but a source, 1 to `sources`. `found`: those left, in its output.
 
     Held is the longest tail that may begin a marker.
     """
@@ -39,7 +39,7 @@ class CitationMarkers:
         self._sources = sources
         self._held = ""
         self._tail = ""  # of the output: the beginning of what would be a marker, were it whole
-        self._position = 0  # bytes of output
+        self._position = 0  # characters of output
         self._statement = Statement()
         self.found: deque[Marked] = deque()
 
@@ -76,8 +76,7 @@ class CitationMarkers:
         space = " " if marker.startswith(" ") else ""
         kept = marker if named == numbers else f"{space}[{', '.join(map(str, named))}]"
         start, self._position = self._position + len(space), self._position + len(kept)
-        statement = str(self._statement)
-        self.found += (Marked(number, start, self._position, statement) for number in dict.fromkeys(named))
+        self.found.append(Marked(tuple(dict.fromkeys(named)), start, self._position, str(self._statement)))
         self._tail = ""
         return Piece(kept, len(marker))
 
@@ -91,9 +90,54 @@ class CitationMarkers:
                 start, self._tail = i + 1, ""
                 continue
             self._tail = joined if OPEN.fullmatch(joined) else character if character in " [" else ""
-            self._position += len(character.encode())
+            self._position += 1
             self._statement.add(character)
         return [*pieces, Piece(text[start:], len(text) - start)] if text[start:] else pieces
+
+
+class Places:
+    """The stage after CitationMarkers: `stage`, if there is one, and where the markers are in its output, in bytes.
+
+    What masks comes here, not before the markers: where one is taken out, the text around it joins.
+    """
+
+    def __init__(self, markers: CitationMarkers, stage: Stage | None):
+        self._open, self._stage = markers.found, stage
+        self._read = 0  # characters
+        self._written = 0  # bytes
+        self._begun = 0  # bytes written before the pieces that stand for nothing, which belong to the next one
+        self._start: int | None = None  # of the first open marker, once it has gone out
+        self.found: deque[Marked] = deque()
+
+    def push(self, text: str) -> list[Piece]:
+        return self._placed(self._stage.push(text) if self._stage else [Piece(text, len(text))])
+
+    def finish(self) -> list[Piece]:
+        return self._placed(self._stage.finish() if self._stage else [])
+
+    def _placed(self, pieces: list[Piece]) -> list[Piece]:
+        for piece in pieces:
+            end = self._read + piece.source
+            while self._open and (edge := self._edge()) <= end and (edge < end or self._start is not None):
+                self._settle(edge, piece)
+            self._read, self._written = end, self._written + len(piece.text.encode())
+            if piece.source:
+                self._begun = self._written
+        return pieces
+
+    def _edge(self) -> int:
+        return self._open[0].start if self._start is None else self._open[0].end
+
+    def _settle(self, edge: int, piece: Piece) -> None:
+        """The next edge of a marker lies in this piece: one that stands for its source as a whole has it all."""
+        one_by_one = len(piece.text) == piece.source
+        inside = piece.text[: edge - self._read] if one_by_one or self._start is not None else ""
+        if self._start is None:
+            self._start = (self._written if one_by_one else self._begun) + len(inside.encode())
+            return
+        end = self._written + len((inside if one_by_one else piece.text).encode())
+        self.found.append(self._open.popleft()._replace(start=self._start, end=end))
+        self._start = None
 
 
 class Statement:

@@ -1,16 +1,22 @@
 """A gateway over the fake backend and the built-in model's tokenizer."""
 
-from collections.abc import Callable, Iterator, MutableMapping
+import asyncio
+import re
+import zlib
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
 import pytest
-from fakes import FakeBackend
+from fakes import EMBEDDER, FakeBackend
 from structlog.testing import capture_logs
 
+from millrace.retrieval.types import Chunk, Hit, SearchRequest, SearchResult
 from millrace.server.config import BUILTIN
+from millrace.server.errors import CollectionNotFound
 from millrace.server.gateway.collect import Collected, collect
+from millrace.server.gateway.embedding import TextEmbedder
 from millrace.server.gateway.gateway import Gateway
 from millrace.server.gateway.limits import Limits
 from millrace.server.gateway.routing import ModelCard, Routes
@@ -23,8 +29,54 @@ from millrace.server.types import Caller, GenerateEvent, GenerateRequest
 CALLER = Caller("acme", "key1")
 
 
+class Words:
+    """Stands in for an EmbeddingTokenizer: a token is a word, whatever its case."""
+
+    special_tokens = 2
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        words = [re.findall(r"\w+", text.lower()) for text in texts]
+        return [[1, *(1000 + zlib.crc32(word.encode()) % 29_000 for word in line), 2] for line in words]
+
+
+class Shelf:
+    """Stands in for a library of one tenant and one collection, `shop`: all its chunks with a word of the query."""
+
+    def __init__(self) -> None:
+        self.documents: dict[str, bytes] = {}
+        self.chunks: list[Chunk] = []
+        self.requests: list[SearchRequest] = []
+        self.opened = asyncio.Event()
+        self.opened.set()
+
+    def add(self, document_id: str, text: str, edges: Sequence[int] = (), page: int | None = None) -> None:
+        """Cut a document at these characters."""
+        self.documents[document_id] = text.encode()
+        for start, end in zip([0, *edges], [*edges, len(text)], strict=True):
+            label, first = len(self.chunks), len(text[:start].encode())
+            piece = text[start:end]
+            last = first + len(piece.encode())
+            id = f"chunk{label}"
+            self.chunks.append(Chunk(label, id, document_id, f"{document_id}.md", "", first, last, piece, 0, page))
+
+    async def search(self, tenant: str, request: SearchRequest) -> SearchResult:
+        self.requests.append(request)
+        await self.opened.wait()
+        if (tenant, request.collection) != ("acme", "shop"):
+            raise CollectionNotFound("none", resource_type="millrace.v1.Collection", resource_name=request.collection)
+        asked = set(re.findall(r"\w+", request.text.lower()))
+        shared = [(len(asked & set(re.findall(r"\w+", chunk.text.lower()))), -chunk.label) for chunk in self.chunks]
+        best = [self.chunks[-label] for score, label in sorted(shared, reverse=True) if score]
+        return SearchResult(
+            tuple(Hit(chunk, 1 / rank) for rank, chunk in enumerate(best[: request.top_k], 1)), embedding_tokens=7
+        )
+
+
 class House:
-    """A gateway whose fake backend answers every choice with `script`, then the end-of-sequence token."""
+    """A gateway whose fake backend answers every choice with `script`, then the end-of-sequence token.
+
+    Its `shelf` is empty.
+    """
 
     def __init__(self, card: ModelCard):
         self.tokenizer = card.tokenizer
@@ -34,7 +86,13 @@ class House:
         self.metrics = Metrics()
         self.limit = 4
         self.limits = Limits(lambda tenant: self.limit)
-        self.gateway = Gateway(Routes([replace(card, backend=self.backend)]), self.limits, self.metrics)
+        self.shelf = Shelf()
+        self.embedder = TextEmbedder(self.backend, Words(), EMBEDDER)
+        self.gateway = self.build(card)
+
+    def build(self, card: ModelCard, **options: Any) -> Gateway:
+        routes = Routes([replace(card, backend=self.backend)])
+        return Gateway(routes, self.limits, self.metrics, self.shelf, self.embedder, **options)
 
     def say(self, text: str) -> list[int]:
         """Let the backend answer with this text; returns its tokens."""
@@ -85,6 +143,12 @@ def house(builtin_card: ModelCard) -> Iterator[House]:
     house = House(builtin_card)
     yield house
     house.gateway.close()
+
+
+@pytest.fixture
+def roomy(house: House) -> None:
+    """A context that sources fit into."""
+    house.backend.described = replace(house.backend.described, max_model_len=4096)
 
 
 @pytest.fixture

@@ -1,0 +1,153 @@
+"""Personal data: none of it reaches library, embedder, model, log or client."""
+
+import asyncio
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from millrace.server.errors import FeatureUnsupported
+from millrace.server.gateway.collect import collect
+from millrace.server.gateway.guardrails.pii import PIIGuard
+from millrace.server.types import (
+    AnswerMode,
+    ChatPrompt,
+    Deltas,
+    Finish,
+    FinishReason,
+    Message,
+    OutputOptions,
+    RetrievalOptions,
+    Role,
+    SamplingParams,
+    StoppingCriteria,
+)
+
+MAIL, CARD = "jane.doe@example.com", "4111 1111 1111 1111"
+PARTS = [MAIL, CARD, "[1]", "[9]", " wörd ", "jane@", "4111 ", "😀", ". "]
+
+
+@pytest.fixture(params=["request", "server"])
+def masking(request, house, builtin_card):
+    """What to give a request so that it is masked: its own wish, or nothing on a server that masks everybody's."""
+    if request.param == "request":
+        return {"mask_pii": True}
+    house.gateway.close()
+    house.gateway = house.build(builtin_card, mask_pii=True)
+    return {}
+
+
+async def test_prompt_and_answer(house, ask, masking, logs) -> None:
+    house.say(f"Write to {MAIL} or pay with {CARD}, thanks.")
+    answer = await house.run(ask(f"I am {MAIL}.", **masking))
+    assert answer.choices[0].text == "Write to [EMAIL] or pay with [CARD], thanks."
+    assert house.tokenizer.decode(house.backend.requests[-1].prompt_ids) == "I am [EMAIL]."
+    assert house.metric("millrace_pii_masked_total", category="email") == 2
+    assert house.metric("millrace_pii_masked_total", category="card") == 1
+    assert MAIL not in str(logs)
+
+
+async def test_without_it_nothing_changes(house, ask) -> None:
+    house.say(f"Write to {MAIL}.")
+    assert (await house.run(ask(MAIL))).choices[0].text == f"Write to {MAIL}."
+    assert house.tokenizer.decode(house.backend.requests[-1].prompt_ids) == MAIL
+
+
+async def test_every_message_of_a_conversation(house, ask, masking) -> None:
+    chat = ChatPrompt([Message(Role.SYSTEM, f"Call {MAIL}"), Message(Role.USER, f"or {MAIL}", name=MAIL)])
+    await house.run(ask(chat, **masking))
+    prompt = house.tokenizer.decode(house.backend.requests[-1].prompt_ids)
+    assert MAIL not in prompt
+    assert prompt.count("[EMAIL]") == 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"prompt": (1, 2)}, "token_ids"),
+        ({"output": OutputOptions(token_ids=True)}, "output.token_ids"),
+        ({"output": OutputOptions(logprobs_top_n=0)}, "output.logprobs"),
+        ({"output": OutputOptions(prompt_token_ids=True)}, "output.prompt_token_ids"),
+    ],
+)
+async def test_what_carries_text_past_the_mask_is_refused(house, ask, masking, fields, field: str) -> None:
+    with pytest.raises(FeatureUnsupported) as caught:
+        await house.events(ask(**fields, **masking))
+    assert [violation.field for violation in caught.value.violations] == [field]
+    assert not house.backend.requests
+
+
+@pytest.mark.parametrize("mode", AnswerMode)
+async def test_documents(house, roomy, ask, masking, mode: AnswerMode) -> None:
+    """The question is masked before it is searched for; sources and answer show no personal data; ranges are right."""
+    house.shelf.add("staff", f"Naïve help comes from {MAIL} daily. Pay the help desk with {CARD} only.", page=3)
+    house.say(f"Ask {MAIL} for help [1].")
+    options = RetrievalOptions("shop", query=f"help {MAIL}", answer_mode=mode, min_support=0.1)
+    answer = await house.run(ask(f"Who helps {MAIL}?", retrieval=options, **masking))
+    assert house.shelf.requests[-1].text == "help [EMAIL]"
+    text = answer.choices[0].text.encode()
+    assert b"[EMAIL]" in text
+    shown = str(answer)
+    assert MAIL not in shown
+    assert CARD not in shown
+    for request in house.backend.requests:
+        assert MAIL not in house.tokenizer.decode(request.prompt_ids)
+    for one in answer.citations:
+        quoted = house.shelf.documents["staff"][one.byte_start : one.byte_end].decode()
+        cited = text[one.text_start : one.text_end].decode()
+        assert cited == (f"{PIIGuard().mask(quoted)} [1]" if mode is AnswerMode.EXTRACTIVE else "[1]")
+    assert len(answer.citations) == (2 if mode is AnswerMode.EXTRACTIVE else 1)
+    assert house.metric("millrace_pii_masked_total", category="card") == (mode is AnswerMode.EXTRACTIVE)
+
+
+async def test_the_limit_counts_what_is_sent(house, ask) -> None:
+    house.shelf.add("a", f"Help: {MAIL}.")
+    options = RetrievalOptions("shop", answer_mode=AnswerMode.EXTRACTIVE, min_support=0)
+    tokens = len(house.tokenizer.encode("Help: [EMAIL]. [1]", add_special_tokens=False))
+    fields = {"prompt": "help", "retrieval": options, "mask_pii": True}
+    answer = await house.run(ask(**fields, stopping=StoppingCriteria(max_output_tokens=tokens)))
+    assert answer.choices[0].text == "Help: [EMAIL]. [1]"
+    answer = await house.run(ask(**fields, stopping=StoppingCriteria(max_output_tokens=tokens - 1)))
+    assert answer.choices[0].finish == Finish(FinishReason.MAX_TOKENS)
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    parts=st.lists(st.sampled_from(PARTS), max_size=6).map(" ".join),
+    tokens_per_step=st.integers(1, 5),
+    limit=st.none() | st.integers(1, 4),
+)
+def test_streams_of_every_chunking(house, roomy, ask, parts, tokens_per_step, limit) -> None:
+    """The text is the mask of the whole without invented markers; no message shows more."""
+    if not house.shelf.chunks:
+        house.shelf.add("a", "kettle")
+    house.say(f"x{parts}")
+    house.backend.tokens_per_step = tokens_per_step
+    request = ask(
+        "kettle",
+        retrieval=RetrievalOptions("shop", answer_mode=AnswerMode.GENERATIVE, min_support=0),
+        output=OutputOptions(max_tokens_per_message=limit),
+        sampling=SamplingParams(seed=1),
+        mask_pii=True,
+    )
+    events = asyncio.run(house.events(request))
+    answer = collect(events)
+    text = answer.choices[0].text
+    assert text == PIIGuard().mask(f"x{parts}".replace(" [9]", "").replace("[9]", ""))
+    sent = ""
+    for event in events:
+        if isinstance(event, Deltas):
+            sent += event.choices[0].text
+            assert text.startswith(sent)
+    assert len(answer.citations) == parts.count("[1]")
+    for one in answer.citations:
+        assert text.encode()[one.text_start : one.text_end] == b"[1]"
+
+
+async def test_a_marker_that_is_taken_out_joins_nothing_unmasked(house, roomy, ask) -> None:
+    house.shelf.add("a", "kettle")
+    house.say("Write to jane[9]@example.com, pay with 4111[8] 1111 1111 1111 [1].")
+    options = RetrievalOptions("shop", answer_mode=AnswerMode.GENERATIVE, min_support=0)
+    answer = await house.run(ask("kettle", retrieval=options, mask_pii=True))
+    assert answer.choices[0].text == "Write to [EMAIL], pay with [CARD] [1]."
+    assert [(one.text_start, one.text_end) for one in answer.citations] == [(34, 37)]
