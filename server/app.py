@@ -21,7 +21,7 @@ from millrace.server.api.server import ApiServer
 from millrace.server.backends.base import Backend
 from millrace.server.backends.supervisor import Supervisor
 from millrace.server.config import RetrievalConfig, ServerConfig, Settings
-from millrace.server.errors import ConfigError, StartupError
+from millrace.server.errors import CheckpointError, ConfigError, StartupError
 from millrace.server.gateway.auth import KeyStore
 from millrace.server.gateway.embedding import TextEmbedder
 from millrace.server.gateway.gateway import Gateway
@@ -152,7 +152,15 @@ class Encoder:
 def read_encoder(setting: str) -> Encoder | None:
     """None: nothing embeds here. Raises CheckpointError."""
     directory = locate_embedder(setting)
-    return Encoder(EmbeddingTokenizer.load(directory), embedder_info(directory)) if directory else None
+    if directory is None:
+        return None
+    encoder = Encoder(EmbeddingTokenizer.load(directory), embedder_info(directory))
+    if encoder.tokenizer.vocab_size > encoder.info.vocab_size:
+        raise CheckpointError(
+            f"{directory}: tokenizer.json has {encoder.tokenizer.vocab_size} tokens and the model "
+            f"{encoder.info.vocab_size}; they do not belong together"
+        )
+    return encoder
 
 
 async def open_library(
