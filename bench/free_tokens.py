@@ -3,7 +3,7 @@
 import asyncio
 import multiprocessing
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 
@@ -11,13 +11,24 @@ import uvloop
 
 from millrace.server.api.server import ApiServer
 from millrace.server.config import BUILTIN, ServerConfig
+from millrace.server.errors import FeatureUnsupported
 from millrace.server.gateway.gateway import Gateway
 from millrace.server.gateway.limits import Limits
 from millrace.server.gateway.routing import ModelCard, Routes
 from millrace.server.telemetry.logs import configure_logs
 from millrace.server.telemetry.metrics import Metrics
 from millrace.server.text.tokenizer import Tokenizer
-from millrace.server.types import BackendInfo, Caller, EngineStats, Finish, FinishReason, TokenDelta, TokenRequest
+from millrace.server.types import (
+    BackendInfo,
+    Caller,
+    EmbedderInfo,
+    EmbedRequest,
+    EngineStats,
+    Finish,
+    FinishReason,
+    TokenDelta,
+    TokenRequest,
+)
 
 CONTEXT = 1_000_000
 MAX_RATE = 8191  # steps a second: they are told by token ids
@@ -72,6 +83,12 @@ class FreeTokens:
         if run.is_full:
             del self._runs[plan]
         return FreeStream(self._words, run, chunk, request.max_output_tokens)
+
+    async def embed(self, request: EmbedRequest) -> Sequence[bytes]:
+        raise FeatureUnsupported("this backend embeds nothing")
+
+    def embedder(self) -> EmbedderInfo:
+        raise FeatureUnsupported("this backend embeds nothing")
 
     def info(self) -> BackendInfo:
         return INFO

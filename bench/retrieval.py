@@ -38,6 +38,7 @@ from millrace.v1 import retrieval_pb2
 MODES = ("lexical", "vector", "hybrid")
 COLLECTION = "bench"
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+HOPELESS = 200  # questions asked without their documents, about
 CALLERS = 2  # questions in flight
 BATCH = 64  # documents of a corpus sent before the chunks are counted again
 
@@ -213,12 +214,12 @@ def main() -> None:
     if arguments.questions:
         questions = random.Random(0).sample(questions, min(arguments.questions, len(questions)))
     known = [question for question in questions if question.document]
-    # Where every question has an answer, take it away: only distractors may be quoted.
-    hopeless = [(question, {}) for question in questions if not question.document] or (
-        [(question, {"kind": "distractor"}) for question in known[:: max(1, len(known) // 200)]]
-        if arguments.corpus
-        else []
-    )
+    hopeless: list[tuple[Question, dict[str, str]]] = [
+        (question, {}) for question in questions if not question.document
+    ]
+    if arguments.corpus and not hopeless:  # every question has an answer: take it away, only distractors may be quoted
+        every = max(1, len(known) // HOPELESS)
+        hopeless = [(question, {"kind": "distractor"}) for question in known[::every]]
     console = Console()
     with TemporaryDirectory() as temporary:
         data_dir = arguments.data_dir or Path(temporary)
