@@ -1,39 +1,9 @@
 """Texts for the guard's tests: what it masks, what nearly looks like it, and what may stand between."""
 
-import re
-from pathlib import Path
-from typing import NamedTuple
-
 from hypothesis import strategies as st
 
 from millrace.server.gateway.guardrails.base import Finding
 from millrace.server.gateway.guardrails.pii import MASKS
-
-LABELLED = Path(__file__).parent / "gateway" / "guardrails" / "labelled.txt"
-_LABEL = re.compile(r"⟦(card|ssn|phone|email):(.*?)⟧")
-
-
-class Labelled(NamedTuple):
-    """A text, and category, start and end of what must be masked in it."""
-
-    text: str
-    spans: list[tuple[str, int, int]]
-
-
-def parse(line: str) -> Labelled:
-    """`⟦email:a@b.example⟧` labels a span; `\\u200b` stands for that character."""
-    line = re.sub(r"\\u([0-9a-f]{4})", lambda match: chr(int(match[1], 16)), line)
-    text, spans, position = "", [], 0
-    for match in _LABEL.finditer(line):
-        text += line[position : match.start()]
-        spans.append((match[1], len(text), len(text) + len(match[2])))
-        text, position = text + match[2], match.end()
-    return Labelled(text + line[position:], spans)
-
-
-def labelled() -> list[Labelled]:
-    lines = LABELLED.read_text(encoding="utf-8").splitlines()
-    return [parse(line) for line in lines if line and not line.startswith("# ")]
 
 
 def with_check_digit(digits: str) -> str:

@@ -25,7 +25,7 @@ _CHARACTERS = _DIGITS + b"+(" + _NOT_FIRST
 _BLANKS = bytes(byte if byte in _DIGITS else ord(" ") for byte in range(256))
 
 # The least that a number of some kind looks like; the rules read on from there.
-_GAP = rb"[ ./()\-\x96]{0,3}"
+_GAP = rb"[ ./()\-\x96]{0,5}"
 _LEAST = (
     rb"\(?\+\(?[1-9](?:" + _GAP + rb"[0-9]){7}",
     rb"00" + SEPARATOR + rb"?[1-9](?:" + _GAP + rb"[0-9]){6}",

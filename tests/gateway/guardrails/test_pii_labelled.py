@@ -1,13 +1,14 @@
 """Exactly the labelled spans are masked, no more and no less."""
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
-from pii_texts import labelled
 
+from millrace.bench.guardrails import labelled
 from millrace.server.gateway.guardrails.pii import MASKS, PIIGuard
 
-LINES = labelled()
+LINES = labelled(Path(__file__).parent / "labelled.txt")
 
 
 @pytest.mark.parametrize("line", LINES, ids=lambda line: line.text[:40])

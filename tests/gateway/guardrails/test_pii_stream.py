@@ -2,12 +2,15 @@
 
 import random
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pii_texts import POSITIVES, SCRAPS, hostile, labelled, rendered
+from pii_texts import POSITIVES, SCRAPS, hostile, rendered
 
+from millrace.bench.guardrails import labelled
+from millrace.server.gateway.guardrails.base import Finding
 from millrace.server.gateway.guardrails.pii import HOLD_BACK, PIIGuard
 
 guard = PIIGuard()
@@ -64,13 +67,44 @@ def test_a_match_at_every_place_of_two_cuts(category, data):
         check(text, chunks_of(text, [first, data.draw(st.integers(1, len(text)))]))
 
 
-@pytest.mark.parametrize("line", labelled(), ids=lambda line: line.text[:30])
+@pytest.mark.parametrize("line", labelled(Path(__file__).parent / "labelled.txt"), ids=lambda line: line.text[:30])
 def test_labelled_lines_cut_everywhere(line):
     check(line.text, list(line.text))
     if not line.spans:
         return
     for cut in range(1, len(line.text)):
         check(line.text, chunks_of(line.text, [cut]))
+
+
+LONGEST = {
+    "email": "a" * 64 + "@" + "b." * 125 + "com",
+    "phone": "(+49) - (0) - " + " - ".join("309018201234"),
+    "card": "4111 - " + " - ".join(["111"] * 4) + " - 003",
+}
+
+
+@pytest.mark.parametrize("category", LONGEST)
+@pytest.mark.parametrize("behind", ["", " ", "1", "x", ".cc", " - 1", "-", "é"])
+@pytest.mark.parametrize("between", ["", "\u200b", "\u200b" * 3])
+def test_the_longest_matches(category, behind, between):
+    """What stands behind a match decides whether it is one, so that it must be held to its end and beyond."""
+    match = LONGEST[category]
+    assert guard.inspect(match) == [Finding(category, 0, len(match))]
+    text = between.join(match) + behind
+    for size in (1, 7):
+        check(text, [text[i : i + size] for i in range(0, len(text), size)])
+    for cut in range(len(text) - 5, len(text)):
+        check(text, chunks_of(text, [cut]))
+
+
+@pytest.mark.parametrize("match", ["user@example.com", "4111111111111111", "+14155552671"])
+@pytest.mark.parametrize("behind", ["", " ", "5", "x"])
+def test_matches_as_long_as_the_bound(match, behind):
+    for invisible in range(HOLD_BACK - len(match) - 3, HOLD_BACK - len(match) + 4):
+        text = match[:5] + "\u200b" * invisible + match[5:] + behind
+        check(text, list(text))
+    longest = match[:5] + "\u200b" * (HOLD_BACK - len(match)) + match[5:]
+    assert guard.inspect(longest + behind)[0].end == HOLD_BACK
 
 
 @relaxed

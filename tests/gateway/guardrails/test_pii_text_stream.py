@@ -2,14 +2,16 @@
 
 import json
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pii_texts import hostile, labelled, rendered
+from pii_texts import hostile, rendered
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
+from millrace.bench.guardrails import labelled
 from millrace.server.gateway.guardrails.pii import MASKS, PIIGuard
 from millrace.server.text.holdback import Piece, Pipeline
 from millrace.server.text.pieces import BYTE_ALPHABET
@@ -65,7 +67,11 @@ def test_byte_by_byte(tokenizer, text):
     check(tokenizer, text, list(range(len(text.encode()))))
 
 
-@pytest.mark.parametrize("line", [line for line in labelled() if line.spans], ids=lambda line: line.text[:30])
+@pytest.mark.parametrize(
+    "line",
+    [line for line in labelled(Path(__file__).parent / "labelled.txt") if line.spans],
+    ids=lambda line: line.text[:30],
+)
 def test_labelled_lines_cut_at_every_byte(tokenizer, line):
     for cut in range(len(line.text.encode())):
         check(tokenizer, line.text, [cut])
