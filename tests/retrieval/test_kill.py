@@ -23,7 +23,7 @@ Texts = dict[tuple[str, str, str], str]
 def killed_after(directory: Path, seed: int, seconds: float) -> list[list[str]]:
     """Run the ingester, kill it `seconds` after it is ready; return what it said."""
     command = [sys.executable, str(TESTS / "retrieval_ingester.py"), str(directory), str(seed)]
-    environment = {**os.environ, "PYTHONPATH": str(TESTS)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as child:
         assert child.stdout
         assert child.stderr

@@ -6,9 +6,27 @@ import math
 
 import pytest
 from retrieval_audit import audit
-from retrieval_fakes import WordEmbedder, document, library, open_library, prose
+from retrieval_fakes import (
+    SPECIAL_TOKENS,
+    WordEmbedder,
+    document,
+    library,
+    open_library,
+    prose,
+    settings,
+    word_tokenizer,
+)
 
-from millrace.retrieval.types import CollectionInfo, Condition, Document, SearchMode, SearchRequest, UpsertStatus
+from millrace.retrieval.library import Library
+from millrace.retrieval.types import (
+    CollectionInfo,
+    Condition,
+    Document,
+    MediaType,
+    SearchMode,
+    SearchRequest,
+    UpsertStatus,
+)
 from millrace.server.errors import (
     CollectionNotFound,
     ConfigError,
@@ -20,6 +38,7 @@ from millrace.server.errors import (
     ModelLoading,
     QuotaExceeded,
     Unavailable,
+    UnknownDocumentType,
 )
 
 WORDS = [f"word{n}" for n in range(200)]
@@ -357,3 +376,28 @@ async def test_settings_that_leave_no_text_stop_the_start(tmp_path) -> None:
         await open_library(tmp_path, chunk_tokens=48, chunk_overlap=40)
     async with library(tmp_path):
         pass
+
+
+async def test_with_the_parser_of_the_server(tmp_path) -> None:
+    """Headings of Markdown and the title of HTML are searched; a page of HTML is read in a process of its own."""
+    markdown = "# Shop\n\n## Returns\n\nWithin thirty days.\n\n## Postage\n\nFour euros."
+    html = "<html><head><title>Warranty</title></head><body><p>Two years.</p><script>x()</script></body></html>"
+    config = settings(tmp_path, chunk_tokens=64)
+    lib = await Library.open(config, WordEmbedder(), word_tokenizer(), SPECIAL_TOKENS)
+    try:
+        await lib.upsert("t", "c", document("shop.md", markdown))
+        await lib.upsert("t", "c", document("warranty", html, source="https://shop/warranty.html"))
+        for question, name in (("postage", "shop.md"), ("warranty", "warranty")):
+            result = await lib.search("t", SearchRequest("c", question, mode=SearchMode.LEXICAL))
+            assert [hit.chunk.document_id for hit in result.hits] == [name]
+        stored = await lib.get_document("t", "c", "warranty")
+        assert (stored.title, stored.source, stored.media_type) == (
+            "Warranty",
+            "https://shop/warranty.html",
+            MediaType.HTML,
+        )
+        assert "x()" not in stored.text
+        with pytest.raises(UnknownDocumentType):
+            await lib.upsert("t", "c", Document("b", bytes(range(256)) * 8))
+    finally:
+        await lib.close()
