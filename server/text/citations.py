@@ -87,7 +87,7 @@ class CitationMarkers:
             joined = self._tail + character
             if MARKER.fullmatch(joined):
                 pieces += [Piece(text[start:i], i - start), Piece("", 1)]
-                start, self._tail = i + 1, ""
+                start = i + 1
                 continue
             self._tail = joined if OPEN.fullmatch(joined) else character if character in " [" else ""
             self._position += 1

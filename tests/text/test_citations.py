@@ -80,7 +80,14 @@ def test_markers(text: str, kept: str, numbers: list[int]) -> None:
 
 @pytest.mark.parametrize(
     ("text", "kept"),
-    [("[9[8]9]", "[99"), ("[1[9]]", "[1"), ("a [9, [8]9] b", "a [9,9 b"), ("[[9]7[8]]", "[7"), ("[9[8][7]9]", "[99")],
+    [
+        ("[9[8]9]", "[99"),
+        ("[1[9]]", "[1"),
+        ("a [9, [8]9] b", "a [9,9 b"),
+        ("[[9]7[8]]", "[7"),
+        ("[9[8][7]9]", "[99"),
+        (" [9[9]]] a]", " [9 a]"),
+    ],
 )
 def test_no_removal_puts_a_marker_together(text: str, kept: str) -> None:
     assert run(text) == (kept, [])
