@@ -21,9 +21,9 @@ from millrace.server import cli, doctor
 from millrace.server.chat import converse
 from millrace.server.client import Client, Message, Role
 from millrace.server.config import BUILTIN, COMPONENTS, OWNER, EngineConfig, Settings, load_settings
-from millrace.server.local import local_server
 from millrace.server.errors import MillraceError, Overloaded
 from millrace.server.gateway.auth import KeyStore
+from millrace.server.local import local_server
 from millrace.server.worker import main
 from millrace.v1 import model_pb2
 

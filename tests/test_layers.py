@@ -39,7 +39,8 @@ MAY_IMPORT = {
     "ask": {"client", "stubs"},
     "local": {"errors"},
     "app": WORDS | {"api", "gateway", "retrieval", "text", "backends", "model", "telemetry"},
-    "cli": WORDS | {"app", "ask", "client", "chat", "doctor", "ingest", "local", "flags", "gateway", "worker", "tuning"},
+    "cli": WORDS
+    | {"app", "ask", "client", "chat", "doctor", "ingest", "local", "flags", "gateway", "worker", "tuning"},
     "__main__": {"cli"},
     "bench": None,  # measures any part
 }
