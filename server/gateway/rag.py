@@ -83,7 +83,8 @@ class Rag:
         with self._measured() as outcome:
             mode, query = answer_mode(card, request, options), query_of(request, options)
             result = await self._searcher.search(tenant, search_request(options, query))
-            shown = masked(result.hits, guard)
+            size = sum(len(hit.chunk.text) for hit in result.hits)
+            shown = await run_beside(self._executor, size, lambda: masked(result.hits, guard))
             if mode is AnswerMode.GENERATIVE:
                 work = partial(build_context, card, request, options, info, shown)
                 context = await run_beside(self._executor, LONG + 1, work)

@@ -96,16 +96,16 @@ class CitationMarkers:
 
 
 class Places:
-    """The stage after CitationMarkers: `stage`, if there is one, and where the markers are in its output, in bytes.
+    """The stage after CitationMarkers: where the markers are in what `stage`, if there is one, makes of the text.
 
-    What masks comes here, not before the markers: where one is taken out, the text around it joins.
+    `stage` leaves markers alone. What masks comes here, not before the markers: where one is taken out, the text
+    around it joins.
     """
 
     def __init__(self, markers: CitationMarkers, stage: Stage | None):
         self._open, self._stage = markers.found, stage
         self._read = 0  # characters
         self._written = 0  # bytes
-        self._begun = 0  # bytes written before the pieces that stand for nothing, which belong to the next one
         self._start: int | None = None  # of the first open marker, once it has gone out
         self.found: deque[Marked] = deque()
 
@@ -118,26 +118,21 @@ class Places:
     def _placed(self, pieces: list[Piece]) -> list[Piece]:
         for piece in pieces:
             end = self._read + piece.source
-            while self._open and (edge := self._edge()) <= end and (edge < end or self._start is not None):
-                self._settle(edge, piece)
+            while self._open:
+                marked = self._open[0]
+                if self._start is None and marked.start < end:
+                    self._start = self._place(marked.start, piece)
+                elif self._start is not None and marked.end <= end:
+                    place = self._place(marked.end, piece)
+                    self.found.append(self._open.popleft()._replace(start=self._start, end=place))
+                    self._start = None
+                else:
+                    break
             self._read, self._written = end, self._written + len(piece.text.encode())
-            if piece.source:
-                self._begun = self._written
         return pieces
 
-    def _edge(self) -> int:
-        return self._open[0].start if self._start is None else self._open[0].end
-
-    def _settle(self, edge: int, piece: Piece) -> None:
-        """The next edge of a marker lies in this piece: one that stands for its source as a whole has it all."""
-        one_by_one = len(piece.text) == piece.source
-        inside = piece.text[: edge - self._read] if one_by_one or self._start is not None else ""
-        if self._start is None:
-            self._start = (self._written if one_by_one else self._begun) + len(inside.encode())
-            return
-        end = self._written + len((inside if one_by_one else piece.text).encode())
-        self.found.append(self._open.popleft()._replace(start=self._start, end=end))
-        self._start = None
+    def _place(self, position: int, piece: Piece) -> int:
+        return self._written + len(piece.text[: position - self._read].encode())
 
 
 class Statement:
