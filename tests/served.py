@@ -53,10 +53,11 @@ class Served:
     def __init__(self) -> None:
         self.backend = Backend()
         self.authorization: str | None = None
+        self.limit = 100
         card = ModelCard("small", TOKENIZER, self.backend, TEMPLATE)
         self.library = FakeLibrary()
         embedder = TextEmbedder(self.backend, embedding_tokenizer(), EMBEDDER)
-        self.gateway = Gateway(Routes([card]), Limits(lambda tenant: 100), Metrics(), self.library, embedder)
+        self.gateway = Gateway(Routes([card]), Limits(lambda tenant: self.limit), Metrics(), self.library, embedder)
         self.api = ApiServer(self.gateway, ServerConfig(port=0), self.authenticate, 256, self.library)
 
     def authenticate(self, authorization: str | None) -> Caller:

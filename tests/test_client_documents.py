@@ -113,6 +113,36 @@ async def test_failures_are_typed(served: Served, call: Any, error: type[Excepti
     assert type(raised.value) is error
 
 
+@pytest.mark.parametrize("kind", ["sync", "async"])
+async def test_an_upload_that_is_refused_says_why(served: Served, kind: str) -> None:
+    """Though the client is in the middle of sending, many times over."""
+    served.limit = 0
+    documents = [Document(f"d{i}", bytes(100_000)) for i in range(20)]
+    for _ in range(30):
+        with pytest.raises(errors.QuotaExceeded):
+            await upload(served, kind, documents)
+
+
+async def upload(served: Served, kind: str, documents: list[Document]) -> list[Any]:
+    if kind == "sync":
+        return await in_thread(served, lambda client: list(client.upsert("c", documents)))
+    async with AsyncClient(served.address) as client:
+        return await collect(client.upsert("c", documents))
+
+
+async def test_cancelling_an_upload_ends_it(served: Served) -> None:
+    served.library.resumed.clear()
+    async with AsyncClient(served.address) as client:
+        call = asyncio.create_task(collect(client.upsert("c", some(10))))
+        async with asyncio.timeout(10):
+            while served.library.live < 4:  # noqa: ASYNC110  # the fake tells nobody
+                await asyncio.sleep(0.01)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        await settle(served)
+
+
 async def test_what_failed_is_told_of_each(served: Served) -> None:
     served.library.errors["d1"] = errors.EmptyDocument("there is nothing in it")
     results = await in_thread(served, lambda client: list(client.upsert("c", some(3))))
@@ -305,6 +335,15 @@ def test_options_of_a_query() -> None:
     bare = query_request("c", "q", {})
     assert not bare.HasField("top_k")
     assert bare.mode == retrieval_pb2.SEARCH_MODE_UNSPECIFIED
+
+
+def test_a_vector_asks_too() -> None:
+    vector = array("f", [1, -2.5])
+    for question in (vector, [1, -2.5], (1.0, -2.5)):
+        request = query_request("c", question, {})
+        assert (request.WhichOneof("query"), request.vector_f32le) == ("vector_f32le", vector.tobytes())
+    with pytest.raises(errors.InvalidRequest, match="question"):
+        query_request("c", [1e300], {})
 
 
 @pytest.mark.parametrize("name", ["topk", "vector_f32le", "collection", "query"])

@@ -1,5 +1,6 @@
 """The client for asyncio."""
 
+import asyncio
 from array import array
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
@@ -29,11 +30,10 @@ from millrace.server.client.documents import (
     document_request,
     embed_request,
     query_request,
-    upsert_requests,
     vectors,
 )
 from millrace.server.client.requests import Options, Prompt, generate_request
-from millrace.server.client.upload import AsyncRequests
+from millrace.server.client.sync import Client
 from millrace.server.types import Message
 from millrace.v1 import generation_pb2 as pb
 from millrace.v1 import model_pb2, retrieval_pb2
@@ -100,19 +100,15 @@ class AsyncClient(Calls):
     async def upsert(
         self, collection: str, documents: Iterable[Document]
     ) -> AsyncGenerator[retrieval_pb2.UpsertDocumentsResponse, None]:
-        """As in `Client`: `documents` is read in a thread, so it may open files. Closing the generator ends the call;
-        hold it in `contextlib.aclosing` to close it promptly."""
-        requests = AsyncRequests(upsert_requests(collection, documents))
-        call: Any = self._retrieval.UpsertDocuments(requests, **self._call_options)
-        try:
-            async for result in call:
+        """As in `Client`, whose method this is, in threads and over a connection of its own: `documents` may read
+        files, and the error with which a server ends an upload arrives, which grpc.aio replaces by INTERNAL when it
+        was writing (https://github.com/grpc/grpc/issues/36066). Closing the generator ends the call; hold it in
+        `contextlib.aclosing` to close it promptly."""
+        address, api_key, tls = self.connection.address, self.connection.api_key, self.connection.tls
+        with Client(address, api_key=api_key, tls=tls, timeout=self.timeout) as client:
+            results = client.upsert(collection, documents)
+            while (result := await asyncio.to_thread(next, results, None)) is not None:
                 yield result
-        except grpc.RpcError as failure:
-            raise requests.error or self._error(failure) from failure
-        finally:
-            call.cancel()
-        if requests.error:
-            raise requests.error
 
     async def delete_documents(self, collection: str, ids: Sequence[str]) -> int:
         """How many of them there were."""

@@ -12,8 +12,9 @@ from fakes import FakeLibrary
 
 from millrace.retrieval.types import Document, Upserted
 from millrace.server import errors
-from millrace.server.api import retrieval, upload
+from millrace.server.api import endpoint, retrieval, upload
 from millrace.v1 import retrieval_pb2 as pb
+from millrace.v1 import retrieval_pb2_grpc
 
 CODE = grpc.StatusCode
 PATH = "/millrace.v1.RetrievalService/UpsertDocuments"
@@ -34,16 +35,23 @@ def in_parts(id: str, content: bytes, cuts: Iterable[int]) -> Iterator[pb.Upsert
     yield from (part(content[start:end]) for start, end in pairwise(ends) if end > start)
 
 
-async def send(house, messages: Iterable[pb.UpsertDocumentsRequest]) -> tuple[dict, grpc.aio.AioRpcError | None]:
-    """The answers by document, and how the call failed."""
+async def send(house, messages: Iterable[pb.UpsertDocumentsRequest]) -> tuple[dict, grpc.RpcError | None]:
+    """The answers by document, and how the call failed. Not by grpc.aio, whose errors get lost while it writes."""
     answers: dict[str, pb.UpsertDocumentsResponse] = {}
-    try:
-        async for answer in house.retrieval.UpsertDocuments(iter(messages), timeout=20):
-            assert answer.document_id not in answers
-            answers[answer.document_id] = answer
-    except grpc.aio.AioRpcError as error:
-        return answers, error
-    return answers, None
+
+    def work() -> grpc.RpcError | None:
+        with grpc.insecure_channel(f"127.0.0.1:{house.port}") as channel:
+            stub = retrieval_pb2_grpc.RetrievalServiceStub(channel)
+            try:
+                for answer in stub.UpsertDocuments(iter(messages), timeout=20):
+                    assert answer.document_id not in answers
+                    answers[answer.document_id] = answer
+            except grpc.RpcError as error:
+                return error
+        return None
+
+    error = await asyncio.to_thread(work)
+    return answers, error
 
 
 def stored(house, tenant: str = "default", collection: str = "c") -> dict[str, Document]:
@@ -280,15 +288,16 @@ async def test_an_upload_that_stands_still_ends(slow_house, monkeypatch) -> None
 
 
 async def test_a_call_may_rest_between_documents(house, monkeypatch) -> None:
-    """And many that do keep nobody out."""
+    """And before the first one; many that do keep nobody out."""
     monkeypatch.setattr(upload, "PART_TIMEOUT", 0.1)
+    monkeypatch.setattr(endpoint, "BODY_TIMEOUT", 0.1)
     calls = [house.retrieval.UpsertDocuments() for _ in range(100)]
     await until(lambda: house.limits.live == 100)
     await asyncio.sleep(0.2)
-    for index, call in enumerate(calls):
+    for index, call in enumerate(reversed(calls)):
         await call.write(first(f"d{index}"))
-    for call in calls:
         assert (await call.read()).status == pb.UPSERT_STATUS_CREATED
+    for call in calls:
         await call.done_writing()
         assert await call.read() is grpc.aio.EOF
 
