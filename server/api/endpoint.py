@@ -57,9 +57,8 @@ class Stream:
         """Send a message. Raises SlowReader if the client's window stays full for too long."""
         try:
             async with asyncio.timeout(self._timeout):
-                if (
-                    not self._begun
-                ):  # gRPC would send them with a first message; while that is stuck, no status goes out
+                # gRPC would send the headers with the first message; while that is stuck, no status goes out.
+                if not self._begun:
                     self._begun = True
                     await self._context.send_initial_metadata(())
                 await self._context.write(message.SerializeToString())
