@@ -49,7 +49,9 @@ def _audit_document(
     db: sqlite3.Connection, collection: int, number: int, preparation: Preparation, embedder: WordEmbedder
 ) -> int:
     """The number of its chunks."""
-    text, count, metadata = db.execute("SELECT text, chunks, metadata FROM documents WHERE id = ?", (number,)).fetchone()
+    text, count, metadata = db.execute(
+        "SELECT text, chunks, metadata FROM documents WHERE id = ?", (number,)
+    ).fetchone()
     rows = db.execute(
         "SELECT k.id, byte_start, byte_end, f.text, tokens, label, input, vector FROM chunks k "
         f"JOIN fulltext_{collection} f ON f.rowid = k.label WHERE document = ? AND k.collection = ?",
