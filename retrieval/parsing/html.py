@@ -73,8 +73,6 @@ class _Reader(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if tag in ENDS:
             self._end_open(*ENDS[tag])
-            if tag != "p":
-                self._end_open(*ENDS["p"])
         if tag in VOID:
             if not self._hidden:
                 self._void(tag)

@@ -134,8 +134,8 @@ def test_an_overlap_begins_with_a_sentence_if_one_fits() -> None:
     text = "The parcel is sent. We refund it. Keep the box if it comes back. " * 60
     for chunk in Chunker(TOKENIZERS["word piece"], 128, 30).split("d", text, TEXT):
         assert chunk.text.startswith(("The", "We", "Keep"))
-    chunks = Chunker(TOKENIZERS["word piece"], 128, 30).split("d", "boxback " * 1000, TEXT)
-    assert all(chunk.text.startswith("boxback") for chunk in chunks)
+    chunks = Chunker(TOKENIZERS["word piece"], 128, 31).split("d", "parcels " * 1000, TEXT)
+    assert all(chunk.text.startswith("parcels") for chunk in chunks)
     assert all(size > 30 for size in overlaps(chunks))
 
 
@@ -252,9 +252,9 @@ WORDY, BYTES = (Chunker(TOKENIZERS[name], 48, 10) for name in ("word piece", "by
 
 
 def test_a_part_of_a_long_word_may_have_more_tokens_than_all_of_it() -> None:
-    text = "k" * (36 * CHARACTERS_PER_TOKEN + 90)
-    assert WORDY.count(text) == 1 < WORDY.count("k" * 90) // 2
-    check(text, WORDY.split("d", text, TEXT), TOKENIZERS["word piece"], 46, 10)
+    chunker, text = Chunker(TOKENIZERS["word piece"], 48, 0), "k" * (46 * CHARACTERS_PER_TOKEN + 90)
+    assert (chunker.count(text), chunker.count("k" * 90)) == (1, 90)
+    check(text, chunker.split("d", text, TEXT), TOKENIZERS["word piece"], 46, 0)
 
 
 def test_words_that_are_cut_may_have_more_tokens_than_their_parts() -> None:
@@ -297,7 +297,7 @@ def test_one_long_word_costs_no_more_than_many() -> None:
         chunker.split("d", text, TEXT)
         return time.thread_time() - started
 
-    assert seconds("a." * 30_000) < 6 * seconds("a. " * 20_000)
+    assert seconds("a." * 30_000) < 2.5 * seconds("a. " * 20_000)
 
 
 def test_the_tokenizer_stays_as_it_was(tokenizer: Tokenizer) -> None:
@@ -378,6 +378,7 @@ def test_context_says_nothing_twice() -> None:
 
 
 def test_context_counts_bytes() -> None:
+    assert context("here", text="ü" * 50 + "\n\nhere\n\n# Later") == "Shop"
     assert context("here", text="ü" * 50 + "\n\n# Größe\n\n" + "é" * 50 + "\n\n## Two\n\nhere") == "Shop > Größe > Two"
 
 

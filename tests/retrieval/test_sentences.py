@@ -140,7 +140,7 @@ def test_slices_are_exact_in_order_and_complete(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["word, " * 900, "word " * 900, "x" * 4000, "中" * 2000, "e\u0301" * 1500, "👩\u200d🦰" * 300]
+    "text", ["word word, " * 400, "word " * 900, "x" * 4000, "中" * 2000, "e\u0301" * 1500, "👩\u200d🦰" * 300]
 )
 def test_long_sentences_are_cut(text: str) -> None:
     found = sentences(text)

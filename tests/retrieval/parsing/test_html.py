@@ -7,7 +7,7 @@ import re
 import pytest
 
 from millrace.retrieval.parsing.base import Limits
-from millrace.retrieval.parsing.encoding import ENCODINGS, decode_html
+from millrace.retrieval.parsing.encoding import ENCODINGS, decode_html, seen
 from millrace.retrieval.parsing.html import BLOCKS, read_html
 from millrace.server.errors import UnknownDocumentType
 
@@ -76,6 +76,18 @@ def test_text(markup: str, text: str) -> None:
     assert text_of(markup) == text
 
 
+@pytest.mark.parametrize(
+    ("markup", "title"),
+    [
+        ("<title> a\n &amp; b </title><title>c</title><svg><title>d</title></svg><h1>e</h1>", "a\n & b"),
+        ("<nav><title>a</title></nav><h2>b</h2>", "b"),
+        ("<p>a", ""),
+    ],
+)
+def test_title(markup: str, title: str) -> None:
+    assert read_html(markup.encode(), Limits()).title == title
+
+
 def test_long_cells_are_layout() -> None:
     cell = "word " * 300
     assert text_of(f"<table><tr><td>{cell}<td>{cell}</table>") == f"{cell.strip()}\n\n{cell.strip()}"
@@ -138,3 +150,7 @@ def test_bytes_that_do_not_fit_are_not_guessed() -> None:
     for content in (b"<p>Gr\xfc\xdfe", b"<meta charset=utf-8>Gr\xfc\xdfe", b"<meta charset=windows-1252>\x81"):
         with pytest.raises(UnknownDocumentType):
             decode_html(content)
+
+
+def test_what_no_database_takes_and_no_reader_sees() -> None:
+    assert seen("a\ud800b\udfffc\0d\x1be\u009ff\u00adg\u200bh\fi\tj") == "a\ufffdb\ufffdcdefgh\ni\tj"
