@@ -169,9 +169,20 @@ async def open_library(
     """The documents of the data directory; None where nothing embeds. Raises ConfigError."""
     if embedder is None or encoder is None:
         return None
+    config = fitted(config, encoder.info)
     library = await Library.open(config, embedder, encoder.tokenizer.raw, encoder.tokenizer.special_tokens)
     stack.push_async_callback(library.close)
     return library
+
+
+def fitted(config: RetrievalConfig, info: EmbedderInfo) -> RetrievalConfig:
+    """Chunks that the embedding model can read: the default gives way to it, what was asked for is a ConfigError."""
+    if config.chunk_tokens <= info.max_tokens:
+        return config
+    if "chunk_tokens" in config.model_fields_set:
+        raise ConfigError(f"--chunk-tokens {config.chunk_tokens}: {info.name} reads {info.max_tokens} at most")
+    overlap = min(config.chunk_overlap, info.max_tokens // 4)
+    return config.model_copy(update={"chunk_tokens": info.max_tokens, "chunk_overlap": overlap})
 
 
 def answer_mode(settings: Settings) -> AnswerMode:

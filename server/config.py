@@ -92,7 +92,12 @@ class RetrievalConfig(Component):
     data_dir: Path = Field(
         default_factory=default_data_dir, description="directory of the collections, of one server at a time"
     )
-    chunk_tokens: int = Field(512, ge=32, le=8192, description="tokens of a chunk, those that the model adds included")
+    chunk_tokens: int = Field(
+        512,
+        ge=32,
+        le=8192,
+        description="tokens of a chunk, those that the embedding model adds included, or fewer if it reads fewer",
+    )
     chunk_overlap: int = Field(50, ge=0, le=4096, description="tokens that neighbouring chunks share, at most")
     max_document_bytes: ByteSize = Field(
         ByteSize(32 << 20), ge=1, le=32 << 20, description="size of one document, at most"

@@ -14,14 +14,15 @@ import pytest
 from fakes import FakeBackend
 from rich.console import Console
 
-from millrace.server.app import announce, follow_worker, read_model, tenant_limits, with_model
-from millrace.server.config import BUILTIN, EngineConfig, ServerConfig, Settings, SupervisorConfig
-from millrace.server.errors import CheckpointError, QuotaExceeded
+from millrace.server.app import announce, fitted, follow_worker, read_model, tenant_limits, with_model
+from millrace.server.config import BUILTIN, EngineConfig, RetrievalConfig, ServerConfig, Settings, SupervisorConfig
+from millrace.server.errors import CheckpointError, ConfigError, QuotaExceeded
 from millrace.server.gateway.auth import KeyStore, new_key
 from millrace.server.gateway.gateway import Gateway
 from millrace.server.gateway.limits import Limits
 from millrace.server.gateway.routing import Routes
 from millrace.server.telemetry.metrics import Metrics
+from millrace.server.types import EmbedderInfo
 
 WORKER = (sys.executable, str(Path(__file__).parent / "scripted_worker.py"))
 
@@ -154,3 +155,12 @@ def test_a_repository_keeps_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = ServerConfig(served_model_name="mine")
     assert with_model(Settings(engine=EngineConfig(model="acme/tiny"), server=chosen)).server == chosen
     assert with_model(Settings()) == Settings()
+
+
+def test_chunks_fit_the_embedding_model() -> None:
+    small = EmbedderInfo("small", "r", dimensions=4, max_tokens=128, vocab_size=10)
+    assert fitted(RetrievalConfig(), small).chunk_tokens == 128
+    assert fitted(RetrievalConfig(), small).chunk_overlap == 32
+    assert fitted(RetrievalConfig(chunk_tokens=64), small).chunk_tokens == 64
+    with pytest.raises(ConfigError, match=r"--chunk-tokens 512: small reads 128"):
+        fitted(RetrievalConfig(chunk_tokens=512), small)
