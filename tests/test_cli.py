@@ -183,7 +183,8 @@ def test_doctor_prints_every_setting_and_bound() -> None:
     text = console.file.getvalue()
     assert status == int("FAIL" in text)
     assert not [name for name in OWNER if name not in text]
-    assert "SamplingParams.top_p" in text
+    for field in ("SamplingParams.top_p", "UpsertDocumentsRequest.content_part", "EmbedRequest.inputs"):
+        assert field in text
     assert "more than 0, at most 1" in text
     assert "max-model-len 1024" in text or "model.safetensors" in text
 
