@@ -76,7 +76,9 @@ def check_citations(house, answer) -> None:
         assert chunk.byte_start <= one.byte_start < one.byte_end <= chunk.byte_end
 
 
-async def test_story(shop, ask) -> None:
+async def test_story(shop, ask, monkeypatch) -> None:
+    embedded, embed = [], shop.backend.embed
+    monkeypatch.setattr(shop.backend, "embed", lambda request: embedded.append(request) or embed(request))
     events = await shop.events(ask(QUESTION, retrieval=QUOTE))
     started, *middle, completed = events
     assert isinstance(started, Started)
@@ -98,7 +100,8 @@ async def test_story(shop, ask) -> None:
     assert not shop.backend.requests, "no model has run"
     assert answer.completed.usage.prompt_tokens == 0
     assert answer.completed.usage.output_tokens == len(shop.tokenizer.encode(answer.choices[0].text, False))
-    assert answer.completed.usage.embedding_tokens > 7
+    tokens = sum(len(ids) for request in embedded for ids in request.texts)
+    assert answer.completed.usage.embedding_tokens == 7 + tokens, "those of the search included"
     assert started.usage.embedding_tokens == answer.completed.usage.embedding_tokens
     assert started.usage.output_tokens == 0
     assert shop.metric("millrace_retrieval_requests_total", outcome="answered") == 1
