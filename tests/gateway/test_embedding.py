@@ -56,7 +56,9 @@ def test_batches_bound_the_tokens(monkeypatch) -> None:
     assert [[len(text) for text in batch] for batch in batches(texts)] == [[4, 6], [1], [12], [9, 1]]
 
 
-async def test_a_long_text_is_refused_or_cut_between_its_special_tokens(house) -> None:
+async def test_a_long_text_is_refused_or_cut_between_its_special_tokens(house, monkeypatch) -> None:
+    sent, embed = [], house.backend.embed
+    monkeypatch.setattr(house.backend, "embed", lambda request: sent.extend(request.texts) or embed(request))
     words = [f"w{number}" for number in range(EMBEDDER.max_tokens)]
     with pytest.raises(PromptTooLong) as caught:
         await house.embedder.embed(["short", " ".join(words)], tenant="acme")
@@ -65,6 +67,7 @@ async def test_a_long_text_is_refused_or_cut_between_its_special_tokens(house) -
     cut, tokens = await house.embedder.embed([" ".join(words)], tenant="acme", truncate=True)
     fitting, _ = await house.embedder.embed([" ".join(words[: EMBEDDER.max_tokens - 2])], tenant="acme")
     assert tokens == EMBEDDER.max_tokens
+    assert sent[0] == sent[1], "the special token at the end included"
     assert np.array_equal(cut, fitting)
 
 
