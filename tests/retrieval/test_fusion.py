@@ -10,7 +10,7 @@ from millrace.retrieval.fusion import reciprocal_rank_fusion
 def test_by_hand() -> None:
     fused = reciprocal_rank_fusion([[10, 20, 30], [30, 10]])
     assert [label for label, _ in fused] == [10, 30, 20]
-    assert [score for _, score in fused] == pytest.approx([1 / 61 + 1 / 62, 1 / 63 + 1 / 61, 1 / 62])
+    assert [score for _, score in fused] == pytest.approx([1 / 6 + 1 / 7, 1 / 8 + 1 / 6, 1 / 7])
 
 
 def test_equal_scores_have_an_order() -> None:
@@ -23,7 +23,7 @@ def test_equal_scores_have_an_order() -> None:
 def test_every_candidate_once_with_the_sum_of_its_ranks(rankings: list[list[int]]) -> None:
     fused = reciprocal_rank_fusion(rankings)
     expected = {
-        label: sum(1 / (61 + ranking.index(label)) for ranking in rankings if label in ranking)
+        label: sum(1 / (6 + ranking.index(label)) for ranking in rankings if label in ranking)
         for ranking in rankings
         for label in ranking
     }

@@ -99,7 +99,7 @@ async def test_against_brute_force(tmp_path, mode: SearchMode) -> None:
                     assert len(hits) == min(10, len(allowed))
                     for hit in result.hits:
                         ranks = [stage.rank for stage in (hit.lexical, hit.vector) if stage]
-                        assert hit.score == pytest.approx(sum(1 / (60 + rank) for rank in ranks))
+                        assert hit.score == pytest.approx(sum(1 / (5 + rank) for rank in ranks))
                         assert hit.vector.rank == by_vector.index(hit.chunk.document_id) + 1
                         assert (hit.lexical is not None) == (hit.chunk.document_id in by_words)
             scores = [hit.score for hit in result.hits]
