@@ -21,6 +21,7 @@ OTHER_VARIABLES = frozenset({"MILLRACE_ISA", "MILLRACE_ADDRESS", "MILLRACE_API_K
 
 DAY = 86_400.0  # seconds, the longest time that any setting may ask for
 MAX_MODEL_NAME_BYTES = 256  # of a request's `model` field
+MIN_SUPPORT = 0.4  # that an answer needs, in [0, 1]; docs/retrieval.md says what it means
 
 
 def default_data_dir() -> Path:
@@ -106,7 +107,7 @@ class RetrievalConfig(Component):
     answer_mode: Literal["auto", "generative", "extractive"] = Field(
         "auto", description="how questions are answered; auto: extractive for the built-in model, else generative"
     )
-    min_support: float = Field(0.35, ge=0, le=1, description="support in the documents that an answer needs")
+    min_support: float = Field(MIN_SUPPORT, ge=0, le=1, description="support in the documents that an answer needs")
 
 
 class ServerConfig(Component):

@@ -1,11 +1,14 @@
 """Settings that nobody would read, or that no one could have meant, are errors."""
 
+import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from millrace.server.config import COMPONENTS, load_settings
+from millrace.server.config import COMPONENTS, RetrievalConfig, load_settings
 from millrace.server.errors import ConfigError
+from millrace.server.gateway.gateway import Gateway
 
 TCP = {"worker": "127.0.0.1:5"}
 
@@ -50,3 +53,11 @@ def test_every_float_is_bounded(value: str) -> None:
     for name in names:
         with pytest.raises(ConfigError, match=name):
             load_settings({name: value}, environment={})
+
+
+def test_support_has_one_default() -> None:
+    """Of the setting, of a gateway without settings, and on the page."""
+    default = RetrievalConfig().min_support
+    assert inspect.signature(Gateway).parameters["min_support"].default == default
+    page = Path(__file__).parent.parent / "docs" / "retrieval.md"
+    assert f"`min_support` {default}" in page.read_text()

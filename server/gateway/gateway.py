@@ -6,6 +6,7 @@ from contextlib import aclosing
 
 from millrace.retrieval.embedding import Embedded
 from millrace.server.backends.base import TokenStream
+from millrace.server.config import MIN_SUPPORT
 from millrace.server.errors import Draining, FeatureUnsupported, ModelNotFound
 from millrace.server.gateway.choices import Choices
 from millrace.server.gateway.clock import Clock, interruptible, past_first_message
@@ -19,7 +20,6 @@ from millrace.server.gateway.prompt import check_vocabulary, encode_prompt, run_
 from millrace.server.gateway.rag import Grounds, Rag, Searcher
 from millrace.server.gateway.record import RequestRecord
 from millrace.server.gateway.routing import ModelCard, Routes
-from millrace.server.gateway.support import MIN_SUPPORT
 from millrace.server.telemetry.metrics import Metrics
 from millrace.server.text.tokenizer import Tokenized
 from millrace.server.types import (

@@ -19,7 +19,6 @@ from millrace.retrieval.sentences import sentences
 from millrace.server.types import Source
 
 SIMILARITY, COVERAGE, NEARBY = 0.7, 0.15, 0.15
-MIN_SUPPORT = 0.4  # without it there is no answer
 CANDIDATES = 24  # sentences that are embedded for one question; twice as many find no more gold answers
 
 WORD = re.compile(r"\w+")
