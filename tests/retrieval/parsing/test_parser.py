@@ -1,6 +1,7 @@
 """Documents to text: what is read, what is refused and with which words, and that nothing hostile gets far."""
 
 import asyncio
+import contextlib
 import io
 import os
 import signal
@@ -45,7 +46,19 @@ async def parse(content: bytes, source: str = "", limits: Limits = DEFAULT, **fi
 
 def children() -> set[int]:
     """Processes that this one started and has not reaped, zombies included."""
-    return {int(pid) for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()}
+    found: set[int] = set()
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread may end meanwhile
+            found.update(map(int, (task / "children").read_text().split()))
+    return found
+
+
+def test_a_thread_that_ends_meanwhile_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = [Path("/proc/self/task/0"), *Path("/proc/self/task").iterdir()]
+    monkeypatch.setattr(Path, "iterdir", lambda _: iter(tasks))
+    with subprocess.Popen(["sleep", "9"]) as child:
+        assert child.pid in children()
+        child.kill()
 
 
 def read_proc(pid: int, name: str) -> bytes:
