@@ -19,9 +19,10 @@ from millrace.retrieval.sentences import sentences
 from millrace.server.types import Source
 
 SIMILARITY, COVERAGE, NEARBY = 0.7, 0.15, 0.15
-CANDIDATES = 24  # sentences that are embedded for one question; twice as many find no more gold answers
+SENTENCES = 24  # those that are embedded for one question; twice as many find no more gold answers
+WEAKEST = 0.75  # of the best quote's support, that each further one needs
 
-WORD = re.compile(r"\w+")
+WORD = re.compile(r"[^\W_]+")  # as BM25 has them: `___` is a ruler
 ASKING = frozenset(["what", "which", "who", "whom", "whose", "when", "where", "why", "how", "please", "tell"])
 ENDINGS = (
     ("ies", "y"), ("sses", "ss"), ("ations", "at"), ("ation", "at"), ("ings", ""), ("ing", ""),
@@ -58,7 +59,7 @@ class Quote:
 def candidates(sources: Sequence[Source]) -> list[Candidate]:
     """The sentences of the sources, in order, each once: overlapping chunks repeat some, or a piece of one.
 
-    Headings are context, not answers.
+    Headings are context, not answers; rulers and rows without a content word say nothing.
     """
     found: list[Candidate] = []
     for source in sources:
@@ -85,6 +86,7 @@ def _of_source(source: Source) -> Iterable[Candidate]:
     for i, part in enumerate(parts):
         if part.is_heading:
             heading, above = part.text.strip("# "), stems[i]
+        if part.is_heading or not stems[i]:
             continue
         readable = f"{heading}. {part.text}" if heading else part.text
         nearby = title.union(above, *stems[max(i - 1, 0) : i + 2])
@@ -111,7 +113,7 @@ def _rarity(stem: str, texts: Sequence[frozenset[str]]) -> float:
     return math.log1p((len(texts) - having + 0.5) / (having + 0.5))
 
 
-def preselect(question: str, found: Sequence[Candidate], limit: int = CANDIDATES) -> list[Candidate]:
+def preselect(question: str, found: Sequence[Candidate], limit: int = SENTENCES) -> list[Candidate]:
     """At most `limit` candidates, those that cover the question best with what is near them, in their order.
 
     Of equal ones those of better sources stay, and of these the earlier ones.
@@ -133,6 +135,14 @@ def supports(question: str, found: Sequence[Candidate], similarities: Sequence[f
         + NEARBY * coverage.of(one.nearby)
         for one, similarity in zip(found, similarities, strict=True)
     ]
+
+
+def best_of(quotes: Sequence[Quote], limit: int) -> list[Quote]:
+    """The first `limit` of quotes that come best first, without those that only fill.
+
+    A filler has less than WEAKEST of the first one's support.
+    """
+    return [quote for quote in quotes[:limit] if quote.score >= WEAKEST * quotes[0].score]
 
 
 def stems_of(text: str) -> frozenset[str]:

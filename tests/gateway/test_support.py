@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from millrace.retrieval.types import Chunk, Hit
-from millrace.server.gateway.support import Coverage, candidates, preselect, stem, stems_of, supports
+from millrace.server.gateway.support import Coverage, Quote, best_of, candidates, preselect, stem, stems_of, supports
 from millrace.server.types import Source
 
 
@@ -39,7 +39,28 @@ def test_overlapping_chunks_give_each_sentence_once() -> None:
     ]  # fmt: skip
     other = candidates([source(1, "Same words."), source(2, "Same words.", document_id="e")])
     assert [one.source.number for one in other] == [1], "the same text of another document says nothing new"
-    assert len(candidates([source(1, "Here."), source(2, "There.", document_id="e")])) == 2
+    assert len(candidates([source(1, "Mug."), source(2, "Kettle.", document_id="e")])) == 2
+
+
+def test_what_has_no_content_word_is_no_answer() -> None:
+    text = "| Item | Price |\n|:---|---:|\n| Mug | £4 |\n| | |\n| 7 | 9 |\n\n---\n\n___\n\n***\n\nWhat is it? £3.95."
+    found = candidates([source(1, text)])
+    assert [one.text for one in found] == ["| Item | Price |", "| Mug | £4 |", "| 7 | 9 |", "£3.95."]
+
+
+@pytest.mark.parametrize(
+    ("scores", "limit", "left"),
+    [
+        ([], 3, []),
+        ([0.0], 3, [0.0]),
+        ([1.0, 0.75, 0.74], 3, [1.0, 0.75]),
+        ([0.8, 0.7, 0.65], 2, [0.8, 0.7]),
+        ([0.5, 0.37], 3, [0.5]),
+    ],
+)
+def test_fillers_are_left_out(scores: list[float], limit: int, left: list[float]) -> None:
+    candidate = candidates([source(1, "One.")])[0]
+    assert [quote.score for quote in best_of([Quote(candidate, score) for score in scores], limit)] == left
 
 
 def test_coverage_is_the_weighted_share_of_the_questions_words() -> None:
