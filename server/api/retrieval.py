@@ -69,7 +69,7 @@ class RetrievalServicer:
         """The call as a whole is one request of the tenant; a document that fails fails alone."""
         upsert = partial(self._library.upsert, caller.tenant)
         with self._limits.admit(caller.tenant) as live:
-            upload = Upload(requests, stream, upsert, self._large[caller.tenant])
+            upload = Upload(requests, stream, upsert, self._large[caller.tenant], lambda: self._limits.draining)
             live.on_abort(upload.stop)
             await upload.run()
             try:

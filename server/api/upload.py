@@ -1,7 +1,7 @@
 """One call of UpsertDocuments: messages in, whole documents to the library, an answer for each.
 
-What is wrong with a document fails that one alone. Messages that make no documents end the call, after every
-document that had come whole before.
+What is wrong with a document fails that one alone; the rest of it is read and dropped. Messages that make no
+documents end the call, after every document that had come whole before.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from millrace.server.api import bounds
 from millrace.server.api import retrieval_convert as convert
 from millrace.server.api.endpoint import Stream
 from millrace.server.api.status import public
-from millrace.server.errors import DeadlineExceeded, InvalidRequest, RequestError
+from millrace.server.errors import DeadlineExceeded, DocumentTooLarge, Draining, InvalidRequest, RequestError
 from millrace.server.telemetry.logs import get_logger
 from millrace.v1 import retrieval_pb2 as pb
 
@@ -23,6 +23,8 @@ AT_ONCE = 4  # documents of one call in memory, so that embedding never waits fo
 PART_TIMEOUT = 60.0  # seconds from one part of a document to the next
 # Without these nobody could say which document failed, or where the next one begins.
 FRAMING = frozenset({"document.id", "document.content_size"})
+MAX_CONTENT = int(bounds.bounds_of(pb.Document.DESCRIPTOR.fields_by_name["content_size"]).maximum)
+MAX_DROPPED = 1 << 30  # bytes of documents above MAX_CONTENT that a call may bring for nothing
 
 log = get_logger()
 
@@ -30,15 +32,18 @@ Upsert = Callable[[str, Document], Awaitable[Upserted]]
 
 
 class Whole(NamedTuple):
-    """A document of which every byte is here; `fault`: what is wrong with its fields."""
+    """A document of which every byte has come; with a `fault`, why it fails, its content is dropped."""
 
     head: pb.Document
     content: bytes
-    fault: InvalidRequest | None
+    fault: RequestError | None
 
 
 class Upload:
-    """`upsert` stores a document in a collection; `large` has the places of documents that come in parts."""
+    """`upsert` stores a document in a collection; `large` has the places of documents that come in parts.
+
+    From when `draining` says so, documents that begin fail.
+    """
 
     def __init__(
         self,
@@ -46,12 +51,15 @@ class Upload:
         stream: Stream,
         upsert: Upsert,
         large: asyncio.Semaphore,
+        draining: Callable[[], bool],
     ):
         self._requests, self._stream, self._upsert, self._large = requests, stream, upsert, large
+        self._draining = draining
         self._reading, self._writing = asyncio.Lock(), asyncio.Lock()
         self._workers: list[asyncio.Task[None]] = []
         self._collection = ""
         self._fault: RequestError | None = None
+        self._dropped = 0
         self.answers = 0
 
     async def run(self) -> None:
@@ -95,26 +103,42 @@ class Upload:
             head = message.document
             if not head.HasField("content_size"):
                 return Whole(head, head.content, fault)
+            if fault:
+                return Whole(head, await self._content(head, keep=False), fault)
             await held.enter_async_context(self._large)
-            return Whole(head, await self._content(head), fault)
+            return Whole(head, await self._content(head, keep=True), None)
         except (InvalidRequest, DeadlineExceeded) as error:
             self._fault = error
             return None
 
-    def _check(self, message: pb.UpsertDocumentsRequest) -> InvalidRequest | None:
-        """What is wrong with the document that a message begins. Raises InvalidRequest if it begins none."""
-        fault = None
+    def _check(self, message: pb.UpsertDocumentsRequest) -> RequestError | None:
+        """Why the document that a message begins fails. Raises InvalidRequest if it begins none that can be read."""
+        fault: RequestError | None = None
         try:
             bounds.check(message)
         except InvalidRequest as error:
             fields = {violation.field for violation in error.violations}
+            if too_large := message.document.content_size > MAX_CONTENT:
+                fields.discard("document.content_size")
             if fields & FRAMING or not all(field.split(".")[0] == "document" for field in fields):
                 raise
-            fault = error
+            fault = self._too_large(message.document) if too_large else error
         self._check_collection(message)
         if message.WhichOneof("item") != "document":
             raise InvalidRequest.at("content_part", "no document is open: its content was complete, or none was begun")
+        if self._draining():
+            return Draining("the server is shutting down; use another replica")
         return fault
+
+    def _too_large(self, head: pb.Document) -> InvalidRequest:
+        """The fault of a document that is read only to be dropped; raised if a call brings too much of that."""
+        size = head.content_size
+        text = f"document {head.id!r} has {size} bytes, {MAX_CONTENT} at most; split it"
+        self._dropped += size
+        if self._dropped > MAX_DROPPED:
+            text += f"; the call ends, because it would bring {self._dropped} bytes of such documents"
+            raise DocumentTooLarge.at("document.content_size", text, document=head.id)
+        return DocumentTooLarge.at("document.content_size", text, document=head.id)
 
     def _check_collection(self, message: pb.UpsertDocumentsRequest) -> None:
         self._collection = self._collection or message.collection
@@ -122,12 +146,17 @@ class Upload:
             text = f"is {message.collection!r} after {self._collection!r}: a call is about one collection"
             raise InvalidRequest.at("collection", text)
 
-    async def _content(self, head: pb.Document) -> bytes:
-        """All the bytes of a document that comes in parts."""
+    async def _content(self, head: pb.Document, *, keep: bool) -> bytes:
+        """All the bytes of a document that comes in parts; none of them, once they have come, if not to `keep`."""
         content = BytesIO()  # its value is its buffer: joined pieces would be there twice
-        content.write(head.content)
-        while (missing := head.content_size - content.tell()) > 0:
-            content.write(await self._part(head, missing))
+        piece, missing = head.content, head.content_size
+        while True:
+            missing -= len(piece)
+            if keep:
+                content.write(piece)
+            if missing <= 0:
+                break
+            piece = await self._part(head, missing)
         if missing < 0:
             text = f"document {head.id!r} has {-missing} bytes more than its content_size says"
             raise InvalidRequest.at("document.content_size", text, document=head.id)

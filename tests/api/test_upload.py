@@ -106,6 +106,55 @@ async def test_one_of_the_largest(house) -> None:
     assert stored(house)["big"].content == content
 
 
+def enormous(id: str, size: int = (32 << 20) + 1) -> Iterator[pb.UpsertDocumentsRequest]:
+    """A document in parts that are all alike."""
+    yield first(id, b"", content_size=size)
+    piece = bytes(128 << 10)
+    yield from (part(piece[: size - start]) for start in range(0, size, len(piece)))
+
+
+async def test_one_that_is_too_large_fails_alone(open_house, monkeypatch) -> None:
+    """It is dropped as it comes: none of it is kept, and it takes no place of those that can be stored."""
+    monkeypatch.setattr(retrieval, "LARGE_AT_ONCE", 1)
+    kept: list[bool] = []
+    content = upload.Upload._content
+
+    async def seen(self, head: pb.Document, *, keep: bool) -> bytes:
+        kept.append(keep)
+        found = await content(self, head, keep=keep)
+        assert len(found) == (head.content_size if keep else 0)
+        return found
+
+    monkeypatch.setattr(upload.Upload, "_content", seen)
+    async with open_house() as house:
+        other = house.retrieval.UpsertDocuments()
+        await other.write(first("open", b"12", content_size=4))
+        await until(lambda: kept == [True])
+        answers, error = await send(house, [first("a"), *enormous("x", 36 << 20), *enormous("y"), first("z")])
+        assert error is None
+        assert kept == [True, False, False]
+        for id in ("x", "y"):
+            assert (answers[id].status, answers[id].error_reason) == (pb.UPSERT_STATUS_FAILED, "DOCUMENT_TOO_LARGE")
+            assert f"document {id!r}" in answers[id].error_message
+            assert "33554432 at most" in answers[id].error_message
+        assert stored(house).keys() == {"a", "z"}
+        other.cancel()
+
+
+async def test_a_call_brings_so_much_for_nothing_and_no_more(house, reason_of, monkeypatch) -> None:
+    """It ends where its messages say that they will, not when all of that has come."""
+    monkeypatch.setattr(upload, "MAX_DROPPED", 68 << 20)
+    answers, error = await send(house, [first("a"), *enormous("x"), *enormous("y"), first("w", content_size=1 << 25)])
+    assert error is not None  # w has no more parts
+    assert answers.keys() == {"a", "x", "y"}
+    answers, error = await send(house, [first("b"), *enormous("x"), *enormous("y"), first("q", content_size=1 << 26)])
+    assert error.code() == CODE.INVALID_ARGUMENT
+    assert reason_of(error).reason == "DOCUMENT_TOO_LARGE"
+    assert "'q'" in error.details()
+    assert answers.keys() == {"b", "x", "y"}
+    assert stored(house).keys() == {"a", "b"}
+
+
 WRONG = {
     "too much": ([first("x", b"12", content_size=3), part(b"34")], "document.content_size"),
     "too much at once": ([first("x", b"1234", content_size=3)], "document.content_size"),
@@ -120,19 +169,21 @@ WRONG = {
     "no id": ([first("")], "document.id"),
     "a long id": ([first("x" * 513)], "document.id"),
     "no size": ([first("x", content_size=0)], "document.content_size"),
-    "a size beyond all": ([first("x", content_size=(32 << 20) + 1)], "document.content_size"),
+    "a size beyond all": ([first("x", content_size=1 << 60)], "document.content_size"),
+    "a large one without an id": ([first("", content_size=(32 << 20) + 1)], "document.id document.content_size"),
+    "a large one with too little": ([first("x", content_size=(32 << 20) + 1)], "content_part"),
     "nothing": ([pb.UpsertDocumentsRequest(collection="c")], "item"),
 }
 
 
-@pytest.mark.parametrize(("messages", "field"), WRONG.values(), ids=WRONG)
-async def test_messages_that_make_no_documents_end_the_call(house, details_of, messages, field: str) -> None:
+@pytest.mark.parametrize(("messages", "fields"), WRONG.values(), ids=WRONG)
+async def test_messages_that_make_no_documents_end_the_call(house, details_of, messages, fields: str) -> None:
     """What came whole before is stored and answered; what comes after is not read."""
     before = [first("a"), *in_parts("b", b"12345", {2})]
     answers, error = await send(house, [*before, *messages, first("z")])
     assert error is not None
     assert error.code() == CODE.INVALID_ARGUMENT
-    assert [v.field for v in details_of(error)["BadRequest"].field_violations] == [field]
+    assert [v.field for v in details_of(error)["BadRequest"].field_violations] == fields.split()
     created = {id for id, answer in answers.items() if answer.status == pb.UPSERT_STATUS_CREATED}
     assert (
         created
@@ -407,6 +458,31 @@ async def test_a_drain_lets_documents_land(house) -> None:
     await drain
     assert error is None
     assert answers.keys() == {"a", "b"}
+
+
+async def test_a_drain_takes_no_more_documents(slow_house) -> None:
+    """What had begun lands, in parts or not; what begins then fails at once, and the call may go on to its end."""
+    slow_house.library.gates["a"] = asyncio.Event()
+    call = slow_house.retrieval.UpsertDocuments()
+    await call.write(first("a"))
+    await call.write(first("b", b"12", content_size=4))
+    await asyncio.sleep(0.2)  # until both have come
+    drain = asyncio.create_task(slow_house.gateway.drain(10))
+    await until(lambda: slow_house.limits.draining)
+    await call.write(part(b"34"))
+    assert (await call.read()).document_id == "b"
+    for message in (*in_parts("x", b"1234", {2}), first("y")):
+        await call.write(message)
+    for id in ("x", "y"):
+        answer = await call.read()
+        assert (answer.document_id, answer.status, answer.error_reason) == (id, pb.UPSERT_STATUS_FAILED, "DRAINING")
+        assert "use another replica" in answer.error_message
+    slow_house.library.gates["a"].set()
+    assert (await call.read()).document_id == "a"
+    await call.done_writing()
+    assert await call.read() is grpc.aio.EOF
+    await drain
+    assert stored(slow_house).keys() == {"a", "b"}
 
 
 async def read_all(call) -> None:
