@@ -252,12 +252,8 @@ BOMBS = bombs()
 async def test_bomb(name: str, parser: Parser) -> None:
     before = children()
     started = time.monotonic()
-    try:
-        parsed = await parser.parse(Document("d", BOMBS[name]), SHORT)
-    except UnusableDocument:
-        pass
-    else:
-        assert (name, parsed.text) == ("count", "x")  # it only says that it has two billion pages
+    with pytest.raises(UnusableDocument):
+        await parser.parse(Document("d", BOMBS[name]), SHORT)
     assert time.monotonic() - started < SHORT.seconds + 2
     assert children() <= before
 
