@@ -132,7 +132,8 @@ def fill(
                     raise SystemExit(f"{result.document_id}: {result.error_message}")
                 count, embedded = count + result.chunks, embedded + result.chunks_embedded
                 tokens += result.embedding_tokens
-        console.print(f"  {count} chunks", end="\r")
+        if console.is_terminal:
+            console.print(f"  {count} chunks", end="\r")
         batch = list(islice(distractors, BATCH)) if count < chunks else []
     seconds = time.perf_counter() - began
     (found,) = (c for c in client.collections() if c.name == COLLECTION)
