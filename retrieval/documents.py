@@ -12,11 +12,12 @@ from millrace.retrieval import catalog, chunks, filters
 from millrace.retrieval.catalog import Collection
 from millrace.retrieval.chunks import NewChunk
 from millrace.retrieval.index.base import Float32
-from millrace.retrieval.types import MediaType, Metadata, ParsedDocument, StoredDocument
+from millrace.retrieval.types import Chunk, MediaType, Metadata, ParsedDocument, StoredDocument
 from millrace.server.errors import DocumentNotFound, InvalidRequest, QuotaExceeded
 from millrace.server.types import EmbedderInfo
 
 MAX_TEXT_BYTES = 1 << 20  # of one answer to GetDocument
+UTF8_BYTES = 4  # that a character may have
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +171,33 @@ def get(
     return StoredDocument(
         document, source, title, MediaType(media_type), filters.load(metadata), count, size, text, start
     )
+
+
+def surroundings(
+    db: sqlite3.Connection, tenant: str, name: str, chunks: Iterable[Chunk], characters: int
+) -> list[tuple[str, str] | None]:
+    """The text before and after each chunk, at most so many characters; None: the document is gone or another text.
+
+    Raises CollectionNotFound.
+    """
+    collection = catalog.find(db, tenant, name)
+    return [_around(db, collection, chunk, characters) for chunk in chunks]
+
+
+def _around(db: sqlite3.Connection, collection: Collection, chunk: Chunk, characters: int) -> tuple[str, str] | None:
+    margin = UTF8_BYTES * characters
+    first = max(0, chunk.byte_start - margin)
+    row = db.execute(
+        "SELECT substr(text, ?, ?) FROM documents WHERE collection = ? AND name = ?",
+        (first + 1, chunk.byte_end + margin - first, collection.id, chunk.document_id),
+    ).fetchone()
+    data = row[0] if row else b""
+    before, text = data[: chunk.byte_start - first], data[chunk.byte_start - first : chunk.byte_end - first]
+    if text != chunk.text.encode():
+        return None
+    after = data[chunk.byte_end - first :]
+    # Of the outermost code points, pieces may have been read.
+    return before.decode(errors="ignore")[-characters:], after.decode(errors="ignore")[:characters]
 
 
 def parsed(db: sqlite3.Connection, number: int) -> ParsedDocument:

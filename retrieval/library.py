@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import sqlite3
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Self
 
@@ -22,6 +22,7 @@ from millrace.retrieval.renewal import Renewal
 from millrace.retrieval.retriever import Retriever
 from millrace.retrieval.turns import Turns
 from millrace.retrieval.types import (
+    Chunk,
     CollectionInfo,
     Document,
     SearchRequest,
@@ -123,6 +124,15 @@ class Library:
     async def search(self, tenant: str, request: SearchRequest) -> SearchResult:
         """See Retriever.search."""
         return await self._retriever.search(tenant, request)
+
+    async def surroundings(
+        self, tenant: str, collection: str, chunks: Sequence[Chunk], characters: int
+    ) -> list[tuple[str, str] | None]:
+        """The text before and after each chunk, at most so many characters; None: it is no longer stored.
+
+        Raises CollectionNotFound.
+        """
+        return await self._database.read(lambda db: documents.surroundings(db, tenant, collection, chunks, characters))
 
     async def close(self) -> None:
         """Write the images of the indexes and release the data directory. Idempotent."""

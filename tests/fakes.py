@@ -268,6 +268,11 @@ class FakeLibrary:
         best = sorted((hit for hit in hits if hit.score), key=lambda hit: -hit.score)
         return SearchResult(tuple(best[: request.top_k]), embedding_tokens=len(request.text.split()))
 
+    async def surroundings(
+        self, tenant: str, collection: str, chunks: Sequence[Chunk], characters: int
+    ) -> list[tuple[str, str] | None]:
+        return [("", "")] * len(chunks)
+
     def collection(self, tenant: str, name: str) -> dict[str, Document]:
         if (tenant, name) not in self.documents:
             raise CollectionNotFound(f"there is no collection {name!r}", resource_type="", resource_name=name)

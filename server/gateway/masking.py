@@ -1,5 +1,6 @@
 """Personal data out of prompts, before anything else sees them; what carries it past the mask is refused."""
 
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
 
@@ -56,13 +57,18 @@ def masked(request: GenerateRequest, guard: Guard) -> GenerateRequest:
 
 
 class CountingGuard:
-    """The PII guard; what its streams mask is counted by category."""
+    """The PII guard; what its streams mask and what it covers is counted by category."""
 
     def __init__(self, metrics: Metrics):
         self._guard, self._metrics = PIIGuard(), metrics
 
     def inspect(self, text: str) -> list[Finding]:
         return self._guard.inspect(text)
+
+    def cover(self, text: str, findings: Sequence[Finding]) -> str:
+        for finding in findings:
+            self._metrics.pii_masked.labels(finding.category).inc()
+        return self._guard.cover(text, findings)
 
     def mask(self, text: str) -> str:
         return self._guard.mask(text)

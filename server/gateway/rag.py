@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from millrace.retrieval.embedding import Embedder
-from millrace.retrieval.types import Hit, SearchRequest, SearchResult
+from millrace.retrieval.types import Chunk, Hit, SearchRequest, SearchResult
 from millrace.server.errors import InternalError, InvalidRequest, RequestError
 from millrace.server.gateway.context import build_context
 from millrace.server.gateway.effective import either
@@ -22,6 +22,7 @@ from millrace.server.gateway.guardrails.base import Guard
 from millrace.server.gateway.prompt import LONG, run_beside
 from millrace.server.gateway.question import answer_mode, query_of
 from millrace.server.gateway.routing import ModelCard
+from millrace.server.gateway.sources import MARGIN, Found, masked_hits, numbered
 from millrace.server.gateway.support import Quote, candidates, preselect, supports
 from millrace.server.telemetry.metrics import Metrics
 from millrace.server.types import AnswerMode, BackendInfo, GenerateRequest, RetrievalOptions, Source
@@ -36,6 +37,14 @@ class Searcher(Protocol):
 
     async def search(self, tenant: str, request: SearchRequest) -> SearchResult:
         """Raises CollectionNotFound, InvalidRequest."""
+
+    async def surroundings(
+        self, tenant: str, collection: str, chunks: Sequence[Chunk], characters: int
+    ) -> list[tuple[str, str] | None]:
+        """The text before and after each chunk, at most so many characters; None: it is no longer stored.
+
+        Raises CollectionNotFound.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,15 +92,14 @@ class Rag:
         with self._measured() as outcome:
             mode, query = answer_mode(card, request, options), query_of(request, options)
             result = await self._searcher.search(tenant, search_request(options, query))
-            size = sum(len(hit.chunk.text) for hit in result.hits)
-            shown = await run_beside(self._executor, size, lambda: masked(result.hits, guard))
+            found = await self._shown(tenant, options.collection, result.hits, guard)
             if mode is AnswerMode.GENERATIVE:
-                work = partial(build_context, card, request, options, info, shown)
+                work = partial(build_context, card, request, options, info, found.shown)
                 context = await run_beside(self._executor, LONG + 1, work)
                 sources, max_tokens, readable = context.sources, context.max_tokens, context.sources
                 request = replace(request, prompt=context.prompt)
             else:
-                sources, max_tokens, readable = numbered(shown), None, numbered(result.hits)
+                sources, max_tokens, readable = numbered(found.shown), None, numbered(found.hits)
             quotes, tokens = await self._supported(query, readable, options, tenant)
             tokens += result.embedding_tokens
             quotation = None
@@ -99,9 +107,17 @@ class Rag:
                 outcome.word = "refused"
                 quotation = Quotation.refusal(card.tokenizer, request, tokens)
             elif mode is AnswerMode.EXTRACTIVE:
-                best = quotes[: either(options.max_sentences, MAX_SENTENCES)]
+                best = [found.show(one) for one in quotes[: either(options.max_sentences, MAX_SENTENCES)]]
                 quotation = quote(card.tokenizer, request, best, guard, tokens)
             return Grounds(request, mode, sources, max_tokens, tokens, quotation)
+
+    async def _shown(self, tenant: str, collection: str, hits: Sequence[Hit], guard: Guard | None) -> Found:
+        """With `guard`, without hits that have been deleted or replaced since the search."""
+        if guard is None:
+            return Found(hits, hits)
+        around = await self._searcher.surroundings(tenant, collection, [hit.chunk for hit in hits], MARGIN)
+        size = sum(len(hit.chunk.text) + 2 * MARGIN for hit in hits)
+        return await run_beside(self._executor, size, lambda: masked_hits(hits, around, guard))
 
     async def _supported(
         self, query: str, sources: Sequence[Source], options: RetrievalOptions, tenant: str
@@ -146,20 +162,6 @@ def search_request(options: RetrievalOptions, query: str) -> SearchRequest:
     return SearchRequest(
         options.collection, query, top_k=top_k, candidates=candidates, filter=options.filter, mode=options.mode
     )
-
-
-def numbered(hits: Sequence[Hit]) -> tuple[Source, ...]:
-    return tuple(Source(number, hit) for number, hit in enumerate(hits, start=1))
-
-
-def masked(hits: Sequence[Hit], guard: Guard | None) -> Sequence[Hit]:
-    """The hits without personal data in titles and texts. Byte ranges are still those of the document."""
-    if guard is None:
-        return hits
-    return [
-        replace(hit, chunk=replace(hit.chunk, title=guard.mask(hit.chunk.title), text=guard.mask(hit.chunk.text)))
-        for hit in hits
-    ]
 
 
 def cosines(vector: Vector, others: Vector) -> list[float]:

@@ -41,7 +41,7 @@ class Metrics:
         self.e2e_latency = histogram("e2e_request_latency_seconds", "From arrival to the last message.", LONG)
         self.retrieval_requests = counter("retrieval_requests", "Questions to documents, by outcome.", "outcome")
         self.retrieval_time = histogram("retrieval_time_seconds", "From a question to what its answer stands on.", LONG)
-        self.pii_masked = counter("pii_masked", "Personal data masked in prompts and answers, by category.", "category")
+        self.pii_masked = counter("pii_masked", "Personal data masked in all texts, by category.", "category")
         self.queue_time = histogram("request_queue_time_seconds", "From arrival to the first step.", LONG)
 
     def watch_engine(self, stats: Callable[[], EngineStats], messages: Callable[[], int]) -> None:

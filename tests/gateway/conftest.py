@@ -71,6 +71,16 @@ class Shelf:
             tuple(Hit(chunk, 1 / rank) for rank, chunk in enumerate(best[: request.top_k], 1)), embedding_tokens=7
         )
 
+    async def surroundings(
+        self, tenant: str, collection: str, chunks: Sequence[Chunk], characters: int
+    ) -> list[tuple[str, str] | None]:
+        around: list[tuple[str, str] | None] = []
+        for chunk in chunks:
+            data = self.documents.get(chunk.document_id, b"")
+            sides = data[: chunk.byte_start].decode()[-characters:], data[chunk.byte_end :].decode()[:characters]
+            around.append(sides if data[chunk.byte_start : chunk.byte_end] == chunk.text.encode() else None)
+        return around
+
 
 class House:
     """A gateway whose fake backend answers every choice with `script`, then the end-of-sequence token.

@@ -13,7 +13,7 @@ from millrace.retrieval.types import SearchRequest
 from millrace.server.errors import Draining, FeatureUnsupported, InvalidRequest, PromptTooLong
 from millrace.server.gateway.collect import collect
 from millrace.server.gateway.context import build_context, fence_of, shown_source
-from millrace.server.gateway.rag import numbered
+from millrace.server.gateway.sources import numbered
 from millrace.server.types import (
     AnswerMode,
     Caller,

@@ -401,3 +401,25 @@ async def test_with_the_parser_of_the_server(tmp_path) -> None:
             await lib.upsert("t", "c", Document("b", bytes(range(256)) * 8))
     finally:
         await lib.close()
+
+
+@pytest.mark.parametrize("characters", [1, 2, 3, 7, 1000])
+async def test_the_text_around_chunks(tmp_path, characters: int) -> None:
+    """Whole characters, however many bytes they have, and none of a document that has changed."""
+    text = "".join(f"word{n} é🫖 " for n in range(150))
+    async with library(tmp_path) as lib:
+        await lib.upsert("t", "c", document("d", text))
+        await lib.upsert("t", "c", document("e", prose(WORDS, 20)))
+        hits = (await lib.search("t", SearchRequest("c", "word1 word2", top_k=50, candidates=100))).hits
+        chunks = [hit.chunk for hit in hits]
+        assert {chunk.document_id for chunk in chunks} == {"d", "e"}
+        around = await lib.surroundings("t", "c", chunks, characters)
+        for chunk, sides in zip(chunks, around, strict=True):
+            data = text.encode() if chunk.document_id == "d" else prose(WORDS, 20).encode()
+            before, after = data[: chunk.byte_start].decode(), data[chunk.byte_end :].decode()
+            assert sides == (before[-characters:], after[:characters])
+        await lib.delete_documents("t", "c", ["e"])
+        await lib.upsert("t", "c", document("d", "A" + text))
+        assert set(await lib.surroundings("t", "c", chunks, characters)) == {None}
+        with pytest.raises(CollectionNotFound):
+            await lib.surroundings("u", "c", chunks, characters)

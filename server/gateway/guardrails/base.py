@@ -1,5 +1,6 @@
 """The seam of a guard: it finds what must not pass in a text, and takes it out of a text or of a stream."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,6 +21,10 @@ class Guard(Protocol):
 
     def inspect(self, text: str) -> list[Finding]:
         """Findings in order; none overlaps another."""
+        ...
+
+    def cover(self, text: str, findings: Sequence[Finding]) -> str:
+        """The text with a mask in place of each of these findings, which are in order and do not overlap."""
         ...
 
     def mask(self, text: str) -> str:

@@ -6,6 +6,7 @@ decided yet, and a text as a whole is read by the same function.
 """
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from millrace.server.gateway.guardrails import emails, numbers
@@ -29,8 +30,11 @@ class PIIGuard:
     def inspect(self, text: str) -> list[Finding]:
         return _Reader(b"", text, last=True).read()
 
+    def cover(self, text: str, findings: Sequence[Finding]) -> str:
+        return "".join(piece.text for piece in _pieces(text, findings, len(text)))
+
     def mask(self, text: str) -> str:
-        return "".join(piece.text for piece in _pieces(text, self.inspect(text), len(text)))
+        return self.cover(text, self.inspect(text))
 
     def stream(self) -> "MaskStage":
         return MaskStage()
@@ -57,7 +61,7 @@ class MaskStage:
         return _pieces(text, findings, cut)
 
 
-def _pieces(text: str, findings: list[Finding], end: int) -> list[Piece]:
+def _pieces(text: str, findings: Sequence[Finding], end: int) -> list[Piece]:
     pieces, position = [], 0
     for finding in findings:
         mask = MASKS[finding.category]
