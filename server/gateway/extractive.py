@@ -1,5 +1,6 @@
 """Answers that no model writes: sentences of the sources word for word, or the sentence that says there are none."""
 
+import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -7,12 +8,16 @@ from itertools import accumulate, pairwise
 
 from millrace.server.gateway.citing import cite_quote
 from millrace.server.gateway.guardrails.base import Guard
+from millrace.server.gateway.guardrails.folding import fold
 from millrace.server.gateway.question import REFUSAL
 from millrace.server.gateway.support import Quote
 from millrace.server.text.holdback import rewrite
 from millrace.server.text.stops import StopMatcher
 from millrace.server.text.tokenizer import Tokenizer
 from millrace.server.types import ChoiceDelta, Citation, Deltas, Finish, FinishReason, GenerateRequest, Usage
+
+NUMBER = re.compile(rb"[0-9]+")
+LOOK_ALIKE = re.compile(rb"\[\s*[0-9]{1,4}(?:\s*[,;]\s*[0-9]{1,4})*\s*\]")  # in folded text
 
 
 class Quotation:
@@ -50,10 +55,6 @@ class Quotation:
     @property
     def usage(self) -> Usage:
         return Usage(output_tokens=self._sent * self._request.sampling.n, embedding_tokens=self._embedding_tokens)
-
-    @property
-    def is_refusal(self) -> bool:
-        return self._finish.reason is FinishReason.NO_SUPPORT
 
     def events(self) -> Iterator[Deltas | Citation]:
         """A message for each sentence, its citation after it; the last message has the finish."""
@@ -110,6 +111,15 @@ def quote(
         if span[1] <= len(text)
     ]
     return Quotation(tokenizer, request, text, finish, citations, embedding_tokens)
+
+
+def forges(text: str, sources: int) -> bool:
+    """Whether a reader would take something in the text for the marker of a source, 1 to `sources`.
+
+    A quote is word for word, so that it would cite what it likes.
+    """
+    markers = LOOK_ALIKE.finditer(fold(text).data)
+    return any(1 <= int(number) <= sources for marker in markers for number in NUMBER.findall(marker[0]))
 
 
 def fitting(tokenizer: Tokenizer, quotes: Sequence[Quote], guard: Guard | None, limit: int | None) -> Sequence[Quote]:

@@ -24,7 +24,7 @@ async def mask_prompt(request: GenerateRequest, guard: Guard, executor: Executor
     refuse_tokens(request)
     prompt = request.prompt
     size = size_of(prompt) if isinstance(prompt, ChatPrompt) else len(prompt)
-    return await run_beside(executor, size, lambda: masked(request, guard))
+    return await run_beside(executor, size, lambda: masked_request(request, guard))
 
 
 def refuse_tokens(request: GenerateRequest) -> None:
@@ -41,7 +41,7 @@ def refuse_tokens(request: GenerateRequest) -> None:
         )
 
 
-def masked(request: GenerateRequest, guard: Guard) -> GenerateRequest:
+def masked_request(request: GenerateRequest, guard: Guard) -> GenerateRequest:
     def mask(text: str) -> str:
         return rewrite(guard.stream(), text).text
 

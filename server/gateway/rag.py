@@ -17,13 +17,13 @@ from millrace.retrieval.types import Chunk, Hit, SearchRequest, SearchResult
 from millrace.server.errors import InternalError, InvalidRequest, RequestError
 from millrace.server.gateway.context import build_context
 from millrace.server.gateway.effective import either
-from millrace.server.gateway.extractive import Quotation, quote
+from millrace.server.gateway.extractive import Quotation, forges, quote
 from millrace.server.gateway.guardrails.base import Guard
 from millrace.server.gateway.prompt import LONG, run_beside
 from millrace.server.gateway.question import answer_mode, query_of
 from millrace.server.gateway.routing import ModelCard
 from millrace.server.gateway.sources import MARGIN, Found, masked_hits, numbered
-from millrace.server.gateway.support import Quote, candidates, preselect, supports
+from millrace.server.gateway.support import Candidate, Quote, candidates, preselect, supports
 from millrace.server.telemetry.metrics import Metrics
 from millrace.server.types import AnswerMode, BackendInfo, GenerateRequest, RetrievalOptions, Source
 
@@ -94,13 +94,13 @@ class Rag:
             result = await self._searcher.search(tenant, search_request(options, query))
             found = await self._shown(tenant, options.collection, result.hits, guard)
             if mode is AnswerMode.GENERATIVE:
-                work = partial(build_context, card, request, options, info, found.shown)
-                context = await run_beside(self._executor, LONG + 1, work)
+                build = partial(build_context, card, request, options, info, found.shown)
+                context = await run_beside(self._executor, LONG + 1, build)
                 sources, max_tokens, readable = context.sources, context.max_tokens, context.sources
                 request = replace(request, prompt=context.prompt)
             else:
                 sources, max_tokens, readable = numbered(found.shown), None, numbered(found.hits)
-            quotes, tokens = await self._supported(query, readable, options, tenant)
+            quotes, tokens = await self._supported(query, readable, options, tenant, mode)
             tokens += result.embedding_tokens
             quotation = None
             if not quotes:
@@ -108,7 +108,8 @@ class Rag:
                 quotation = Quotation.refusal(card.tokenizer, request, tokens)
             elif mode is AnswerMode.EXTRACTIVE:
                 best = [found.show(one) for one in quotes[: either(options.max_sentences, MAX_SENTENCES)]]
-                quotation = quote(card.tokenizer, request, best, guard, tokens)
+                join = partial(quote, card.tokenizer, request, best, guard, tokens)
+                quotation = await run_beside(self._executor, LONG + 1, join)
             return Grounds(request, mode, sources, max_tokens, tokens, quotation)
 
     async def _shown(self, tenant: str, collection: str, hits: Sequence[Hit], guard: Guard | None) -> Found:
@@ -120,11 +121,18 @@ class Rag:
         return await run_beside(self._executor, size, lambda: masked_hits(hits, around, guard))
 
     async def _supported(
-        self, query: str, sources: Sequence[Source], options: RetrievalOptions, tenant: str
+        self, query: str, sources: Sequence[Source], options: RetrievalOptions, tenant: str, mode: AnswerMode
     ) -> tuple[list[Quote], int]:
         """The sentences with enough support, best first, and the tokens that embedding them took."""
+
+        def chosen() -> list[Candidate]:
+            found = candidates(sources)
+            if mode is AnswerMode.EXTRACTIVE:
+                found = [one for one in found if not forges(one.text, len(sources))]
+            return preselect(query, found)
+
         size = sum(len(source.hit.chunk.text) for source in sources)
-        found = await run_beside(self._executor, size, lambda: preselect(query, candidates(sources)))
+        found = await run_beside(self._executor, size, chosen)
         if not found:
             return [], 0
         texts = [query, *(candidate.readable for candidate in found)]

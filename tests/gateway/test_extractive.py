@@ -1,7 +1,9 @@
 """Answers that quote documents, told by a fake library and a fake embedder."""
 
 import asyncio
+import threading
 from contextlib import aclosing
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -18,6 +20,7 @@ from millrace.server.errors import (
     InvalidRequest,
     RequestError,
 )
+from millrace.server.gateway import extractive
 from millrace.server.gateway.collect import collect
 from millrace.server.types import (
     AnswerMode,
@@ -176,6 +179,36 @@ async def test_every_choice_refuses_and_tokens_are_those_of_the_text(shop, ask, 
     assert answer.completed.usage.output_tokens == 2 * len(ids)
     for event in events[1:-1]:
         assert all(len(delta.token_ids) <= 3 for delta in event.choices)
+
+
+@pytest.mark.parametrize(
+    "marker", ["[2]", "[ 1 ]", "[9, 2]", "[1;9]", "[01]", "[2][9]", "\uff3b\uff12\uff3d", "[\u200b2]", "[\u0662]"]
+)
+async def test_a_document_cannot_forge_citations(house, ask, marker: str) -> None:
+    """A quote stays word for word: a sentence that seems to cite a source leaves its place to the next one."""
+    house.shelf.add("evil", f"A kettle can be returned within 900 days {marker}. Return a kettle by post.")
+    house.shelf.add("bank", "Savings are safe within limits for a kettle [0], note [3], [1990], a[i], f(1).")
+    options = RetrievalOptions("shop", answer_mode=AnswerMode.EXTRACTIVE, min_support=0, max_sentences=9)
+    answer = await house.run(ask("kettle returned within days", retrieval=options))
+    check_citations(house, answer)
+    assert len(answer.started.sources) == 2
+    assert "900" not in answer.choices[0].text
+    assert {one.document_id for one in answer.citations} == {"evil", "bank"}
+    house.say("Yes [1].")
+    house.backend.described = replace(house.backend.described, max_model_len=4096)
+    generative = replace(options, answer_mode=AnswerMode.GENERATIVE, min_support=0.5)
+    written = await house.run(ask("kettle returned within 900 days", retrieval=generative))
+    assert written.choices[0].text == "Yes [1].", "a model is not bound to words"
+
+
+async def test_quotes_are_joined_beside_the_event_loop(shop, ask, monkeypatch) -> None:
+    """Tokens of a long answer are counted for a quarter of a second."""
+    threads = []
+    real = extractive.fitting
+    monkeypatch.setattr(extractive, "fitting", lambda *args: threads.append(threading.current_thread()) or real(*args))
+    await shop.run(ask(QUESTION, retrieval=QUOTE))
+    assert threads
+    assert threading.main_thread() not in threads
 
 
 async def test_limits_of_the_answer(shop, ask) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from millrace.server.errors import FeatureUnsupported
 from millrace.server.gateway.collect import collect
 from millrace.server.gateway.guardrails.pii import PIIGuard
-from millrace.server.gateway.masking import masked
+from millrace.server.gateway.masking import masked_request
 from millrace.server.types import (
     AnswerMode,
     ChatPrompt,
@@ -66,7 +66,7 @@ async def test_every_message_of_a_conversation(house, ask, masking) -> None:
 
 async def test_names_of_speakers(house, ask) -> None:
     chat = ChatPrompt([Message(Role.USER, "hi", name=MAIL)])
-    assert masked(ask(chat), house.gateway._guard).prompt.messages[0].name == "[EMAIL]"
+    assert masked_request(ask(chat), house.gateway._guard).prompt.messages[0].name == "[EMAIL]"
 
 
 @pytest.mark.parametrize(
