@@ -3,6 +3,7 @@
 from contextlib import closing
 
 from millrace.server.client import Client, Options, new_text
+from millrace.server.terminal import shown
 from millrace.v1 import generation_pb2 as pb
 
 
@@ -26,4 +27,4 @@ def source_line(number: int, citations: list[pb.Citation]) -> str:
     first = citations[0]
     page = f", page {first.page}" if first.HasField("page") else ""
     spans = sorted({(citation.byte_start, citation.byte_end) for citation in citations})
-    return f"[{number}] {first.source}{page}, bytes {' and '.join(f'{start}-{end}' for start, end in spans)}"
+    return f"[{number}] {shown(first.source)}{page}, bytes {' and '.join(f'{start}-{end}' for start, end in spans)}"

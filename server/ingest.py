@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from millrace.server.client import Client, Document
 from millrace.server.errors import ConfigError
+from millrace.server.terminal import shown
 from millrace.v1 import retrieval_pb2 as pb
 
 SUFFIXES = frozenset({".txt", ".text", ".md", ".markdown", ".html", ".htm", ".xhtml", ".pdf"})
@@ -175,8 +176,3 @@ def report(tally: Tally, files: Files, summary: str, console: Console) -> None:
 
 def reason(error: OSError) -> str:
     return error.strerror or str(error)
-
-
-def shown(name: str) -> str:
-    """A name that a terminal can take: files may be called anything."""
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in name)

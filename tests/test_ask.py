@@ -19,8 +19,9 @@ from typer.testing import CliRunner
 
 from millrace.retrieval.types import Document
 from millrace.server import app, cli, local
-from millrace.server.ask import ask
+from millrace.server.ask import ask, source_line
 from millrace.server.client import Client
+from millrace.server.commands import documents
 from millrace.server.local import LocalServerFailed, listens, local_server
 from millrace.server.worker import parent
 from millrace.v1 import generation_pb2 as pb
@@ -152,7 +153,7 @@ def nobody(monkeypatch: pytest.MonkeyPatch) -> str:
     """The usual address, where nothing listens."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
-    monkeypatch.setattr(cli, "LOCAL", address)
+    monkeypatch.setattr(documents, "LOCAL", address)
     return address
 
 
@@ -180,7 +181,7 @@ async def test_with_a_server_none_is_started(
     served: Served, stub: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log = stub()
-    monkeypatch.setattr(cli, "LOCAL", served.address)
+    monkeypatch.setattr(documents, "LOCAL", served.address)
     done = await command("collections")
     assert (done.exit_code, done.stdout, done.stderr) == (0, "c\t1\t1\tfake-embedder\tflat\n", "")
     assert (await command("collections", "--address", served.address)).exit_code == 0
@@ -229,7 +230,8 @@ def interrupted(stub_log: Path, nobody: str) -> "subprocess.CompletedProcess[str
     program = (
         "import sys\n"
         "from millrace.server import cli, local\n"
-        f"cli.LOCAL, local.SERVE = {nobody!r}, {local.SERVE!r}\n"
+        "from millrace.server.commands import documents\n"
+        f"documents.LOCAL, local.SERVE = {nobody!r}, {local.SERVE!r}\n"
         "sys.argv = ['millrace', 'ask', 'q', '-c', 'c']\n"
         "sys.exit(cli.main())\n"
     )
@@ -324,6 +326,11 @@ def test_text_comes_as_it_comes_and_sources_after_it(monkeypatch: pytest.MonkeyP
     assert client.asked == ("q", {"retrieval": {"collection": "c"}, "seed": 5})
     assert client.seen == ["One", "One", "One two", "One two", "One two", "One two"]
     assert out.getvalue() == "One two\n\n[1] s1, bytes 0-4\n[2] s2, page 3, bytes 0-4 and 5-9\n"
+
+
+def test_a_source_stays_on_its_line_and_leaves_the_terminal_alone() -> None:
+    cited = pb.Citation(source_number=1, source="\x1b[31ma\nb\u202e é.txt", byte_start=0, byte_end=4)
+    assert source_line(1, [cited]) == r"[1] \x1b[31ma\nb\u202e é.txt, bytes 0-4"
 
 
 def test_options_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:

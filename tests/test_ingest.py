@@ -18,7 +18,8 @@ from millrace.retrieval.types import Document
 from millrace.server import errors
 from millrace.server import ingest as module
 from millrace.server.errors import ConfigError
-from millrace.server.ingest import documents, find_files, ingest, read, shown
+from millrace.server.ingest import documents, find_files, ingest, read
+from millrace.server.terminal import shown
 from millrace.v1 import retrieval_pb2 as pb
 
 

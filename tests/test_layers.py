@@ -35,12 +35,13 @@ MAY_IMPORT = {
     "flags": {"config"},
     # Asks the very functions that serving calls; stubs: prints the bounds that protos declare.
     "doctor": WORDS | {"app", "api", "backends", "gateway", "model", "retrieval", "telemetry", "stubs"},
-    "ingest": {"client", "errors", "stubs"},
-    "ask": {"client", "stubs"},
+    "terminal": set(),
+    "ingest": {"client", "errors", "stubs", "terminal"},
+    "ask": {"client", "stubs", "terminal"},
     "local": {"errors"},
+    "commands": {"ask", "client", "ingest", "local"},  # of the command line, a file for each subject
     "app": WORDS | {"api", "gateway", "retrieval", "text", "backends", "model", "telemetry"},
-    "cli": WORDS
-    | {"app", "ask", "client", "chat", "doctor", "ingest", "local", "flags", "gateway", "worker", "tuning"},
+    "cli": WORDS | {"app", "client", "chat", "commands", "doctor", "flags", "gateway", "worker"},
     "__main__": {"cli"},
     "bench": None,  # measures any part
 }
@@ -48,6 +49,8 @@ TORCH_LIVES_IN = ("server/model/executors/", "server/tuning/", "kernels/", "benc
 # Functions that import when they run: what is optional, or slow and not always needed.
 LATE_IMPORTS = {
     "server/cli.py": "`millrace --version` must not wait for gRPC",
+    "server/commands/documents.py": "as server/cli.py, which imports it",
+    "server/commands/options.py": "the same: only tables need what draws them",
     "server/model/executors/__init__.py": "PyTorch is no dependency: the executor that needs it says so",
     "server/model/hub.py": "most models are directories, and the hub's library takes long to import",
     "server/worker/main.py": "tests of the worker give it another engine",
