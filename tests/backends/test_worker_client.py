@@ -241,8 +241,10 @@ async def test_a_cancelled_admission_leaves_nothing_behind() -> None:
             task.cancel()
         await asyncio.gather(first, unborn, return_exceptions=True)
         assert not link._slots
-        gate.release(4)
-        await until(lambda: not served.engine.live and not served.service._owners)
+        await until(lambda: not served.service._owners)  # the worker knows before the engine takes another step
+        gate.release()
+        await until(lambda: not served.engine.live)
+        assert served.engine.steps == 2  # the warm-up, and the one that ran already
         await client.close()
 
 
