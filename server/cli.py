@@ -2,9 +2,6 @@
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
 from io import TextIOWrapper
 from pathlib import Path
@@ -12,6 +9,23 @@ from typing import Annotated, Any
 
 import typer
 
+from millrace.server.commands import documents
+from millrace.server.commands.options import (
+    CA,
+    LOCAL,
+    Address,
+    ApiKey,
+    MaxTokens,
+    Model,
+    Seed,
+    Stop,
+    Temperature,
+    TopK,
+    TopP,
+    given,
+    print_table,
+    quiet_grpc,
+)
 from millrace.server.config import COMPONENTS, DAY, load_settings
 from millrace.server.errors import MillraceError
 from millrace.server.flags import with_settings
@@ -27,24 +41,6 @@ keys = typer.Typer(help="API keys, each of one tenant.", no_args_is_help=True)
 app.add_typer(keys, name="keys")
 
 Config = Annotated[Path | None, typer.Option("--config", help="TOML file of settings, names as the flags below")]
-Address = Annotated[
-    str, typer.Option("--address", envvar="MILLRACE_ADDRESS", help="HOST:PORT, grpcs://HOST:PORT or unix:PATH")
-]
-ApiKey = Annotated[str | None, typer.Option("--api-key", envvar="MILLRACE_API_KEY", help="key of your tenant")]
-CA = Annotated[Path | None, typer.Option("--ca", help="trust this CA (PEM): connect with TLS")]
-Model = Annotated[str | None, typer.Option("--model", help="name of the model (default: the server's first)")]
-MaxTokens = Annotated[int | None, typer.Option("--max-tokens", min=1, max=2**20, help="tokens of the answer, at most")]
-Temperature = Annotated[float | None, typer.Option("--temperature", help="0 always takes the likeliest token")]
-TopP = Annotated[float | None, typer.Option("--top-p", help="keep the likeliest tokens of this total probability")]
-TopK = Annotated[int | None, typer.Option("--top-k", min=0, max=2**20, help="keep this many likeliest tokens")]
-Seed = Annotated[int | None, typer.Option("--seed", min=0, max=2**64 - 1, help="the same seed draws the same answer")]
-Stop = Annotated[list[str] | None, typer.Option("--stop", help="end before this text; may be repeated")]
-LOCAL = "127.0.0.1:50051"
-
-
-class AnswerModeName(Enum):
-    EXTRACTIVE = "extractive"
-    GENERATIVE = "generative"
 
 
 @app.command()
@@ -59,7 +55,7 @@ def serve(
     Every setting can also stand in --config FILE or in the environment as MILLRACE_NAME; flags win over the
     environment, and the environment over the file.
     """
-    _quiet_grpc()
+    quiet_grpc()
     from rich.console import Console
 
     from millrace.server.app import run
@@ -74,7 +70,7 @@ def serve(
 @with_settings(*COMPONENTS)
 def doctor(config: Config = None, **flags: Any) -> None:
     """Check whether `millrace serve` would work here, with the same settings, and print what they come to."""
-    _quiet_grpc()
+    quiet_grpc()
     from rich.console import Console
 
     from millrace.server.doctor import examine
@@ -99,7 +95,7 @@ def worker(
 
     What happens goes to standard output, one JSON object a line.
     """
-    _quiet_grpc()
+    quiet_grpc()
     from millrace.server.worker.main import main as run_worker
 
     engine = load_settings(flags, config).engine
@@ -128,7 +124,7 @@ def generate(
 
     text = sys.stdin.read() if prompt == "-" else prompt
     question = [Message(Role.USER, text)] if chat else text
-    options = _given(
+    options = given(
         max_output_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop_strings=stop
     )
     with Client(address, api_key=api_key, model=model, tls=TLS(ca) if ca else None) as client:
@@ -154,104 +150,13 @@ def chat(
     from millrace.server.chat import converse
     from millrace.server.client import TLS, Client
 
-    options = _given(max_output_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    options = given(max_output_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     with Client(address, api_key=api_key, model=model, tls=TLS(ca) if ca else None) as client:
         converse(client, system, options)
 
 
-Collection = Annotated[str, typer.Option("--collection", "-c", help="name of the collection")]
-# Unlike elsewhere None: where no server listens by default, a command on documents starts one for itself.
-Where = Annotated[
-    str | None,
-    typer.Option(
-        "--address",
-        envvar="MILLRACE_ADDRESS",
-        help=f"HOST:PORT, grpcs://HOST:PORT or unix:PATH (default: {LOCAL}, or if nothing listens there a server "
-        "that runs as long as this command)",
-    ),
-]
-
-
-@app.command()
-def ingest(
-    paths: Annotated[list[Path], typer.Argument(help="files and folders: text, Markdown, HTML and PDF")],
-    collection: Collection,
-    address: Where = None,
-    api_key: ApiKey = None,
-    ca: CA = None,
-) -> None:
-    """Put documents into a collection, which comes into being with its first one.
-
-    The same files again cost little: what has not changed is not embedded again.
-    """
-    _quiet_grpc()
-    from rich.console import Console
-
-    from millrace.server.client import TLS, Client
-    from millrace.server.ingest import ingest as send
-
-    with _reach(address) as target, Client(target, api_key=api_key, tls=TLS(ca) if ca else None) as client:
-        status = send(client, collection, paths, Console())
-    raise typer.Exit(status)
-
-
-@app.command()
-def ask(
-    question: Annotated[str, typer.Argument(help="what you want to know; - reads it from stdin")],
-    collection: Collection,
-    address: Where = None,
-    api_key: ApiKey = None,
-    ca: CA = None,
-    model: Model = None,
-    mode: Annotated[
-        AnswerModeName | None,
-        typer.Option("--mode", help="extractive quotes the documents, generative lets the model write from them"),
-    ] = None,
-    top_k: Annotated[int | None, typer.Option("--top-k", min=1, max=50, help="chunks to answer from")] = None,
-    max_sentences: Annotated[
-        int | None, typer.Option("--max-sentences", min=1, max=20, help="of an extractive answer")
-    ] = None,
-    min_support: Annotated[
-        float | None, typer.Option("--min-support", min=0, max=1, help="support that an answer needs")
-    ] = None,
-    max_tokens: MaxTokens = None,
-    temperature: Temperature = None,
-    seed: Seed = None,
-) -> None:
-    """Answer a question from a collection, with citations."""
-    _quiet_grpc()
-    from millrace.server.ask import ask as answer
-    from millrace.server.client import TLS, Client
-
-    text = sys.stdin.read() if question == "-" else question
-    retrieval = _given(
-        collection=collection,
-        answer_mode=mode.value if mode else None,
-        top_k=top_k,
-        max_sentences=max_sentences,
-        min_support=min_support,
-    )
-    options = _given(retrieval=retrieval, max_output_tokens=max_tokens, temperature=temperature, seed=seed)
-    with (
-        _reach(address) as target,
-        Client(target, api_key=api_key, model=model, tls=TLS(ca) if ca else None) as client,
-    ):
-        answer(client, text, options)
-
-
-@app.command()
-def collections(address: Where = None, api_key: ApiKey = None, ca: CA = None) -> None:
-    """List your collections.
-
-    Name, documents, chunks, embedding model and kind of index: a table on a terminal, else separated by tabs.
-    """
-    _quiet_grpc()
-    from millrace.server.client import TLS, Client
-
-    with _reach(address) as target, Client(target, api_key=api_key, tls=TLS(ca) if ca else None) as client:
-        found = client.collections()
-    rows = [(c.name, str(c.documents), str(c.chunks), c.embedding_model, c.index) for c in found]
-    _print_table(("name", "documents", "chunks", "embedding model", "index"), rows)
+for command in (documents.ingest, documents.ask, documents.collections):
+    app.command()(command)
 
 
 @app.command()
@@ -265,7 +170,7 @@ def models(address: Address = LOCAL, api_key: ApiKey = None, ca: CA = None) -> N
     with Client(address, api_key=api_key, tls=TLS(ca) if ca else None) as client:
         found = client.models()
     rows = [(m.name, state_name(m), str(m.limits.max_context_tokens), m.architecture, m.backend) for m in found]
-    _print_table(("name", "state", "context", "architecture", "backend"), rows)
+    print_table(("name", "state", "context", "architecture", "backend"), rows)
 
 
 @keys.command()
@@ -279,38 +184,6 @@ def new(tenant: Annotated[str, typer.Option("--tenant", help="whose key it is: 1
     key, entry = new_key(tenant)
     print(f"The key, shown only now: {key}", file=sys.stderr)
     print(entry)
-
-
-def _print_table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Column, Table
-
-    if not sys.stdout.isatty():
-        for row in rows:
-            print(*row, sep="\t")
-        return
-    table = Table(*(Column(name, overflow="fold") for name in names), box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*row)
-    Console(highlight=False).print(table)
-
-
-@contextmanager
-def _reach(address: str | None) -> Iterator[str]:
-    """The address given, or the usual one, or that of a server that runs as long as the block."""
-    from millrace.server.local import LocalServerFailed, listens, local_server
-
-    if address is not None or listens(LOCAL):
-        yield LOCAL if address is None else address
-        return
-    print(f"No server at {LOCAL}: starting one for this command (`millrace serve` keeps one running).", file=sys.stderr)
-    try:
-        with local_server() as own:
-            yield own
-    except LocalServerFailed as error:
-        if error.told:
-            raise typer.Exit(1) from None
-        raise
 
 
 def _version(asked: bool) -> None:
@@ -329,18 +202,6 @@ def options(
     ] = False,
 ) -> None:
     pass
-
-
-def _quiet_grpc() -> None:
-    """gRPC reads both when it is imported. Workers are spawned, so its fork handlers only complain; what its core
-    writes to stderr (goaways, taken ports) we report ourselves."""
-    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-
-
-def _given(**options: Any) -> Any:
-    """The options that were given; the others are the model's own."""
-    return {name: value for name, value in options.items() if value is not None}
 
 
 def main() -> int:
