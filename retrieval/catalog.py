@@ -97,6 +97,15 @@ def delete_collection(db: sqlite3.Connection, tenant: str, name: str) -> Collect
     return collection
 
 
+def no_embedder(db: sqlite3.Connection) -> int:
+    """The number that a chunk has in place of its embedder's if its vector is damaged."""
+    db.execute(
+        "INSERT INTO embedders (name, revision, dimensions) VALUES ('', '', 0) ON CONFLICT (revision) DO NOTHING"
+    )
+    (number,) = db.execute("SELECT id FROM embedders WHERE revision = ''").fetchone()
+    return int(number)
+
+
 def set_snapshot(db: sqlite3.Connection, collection: Collection, token: str) -> None:
     """Name the image that goes with the collection; a transaction of its own."""
     db.execute("UPDATE collections SET snapshot = ? WHERE id = ?", (token, collection.id))

@@ -62,15 +62,20 @@ def labels_of(db: sqlite3.Connection, collection: Collection) -> Labels:
     return _ascending(db.execute(query, (collection.id, collection.embedder)))
 
 
-def vectors_of(db: sqlite3.Connection, collection: Collection, labels: Labels) -> tuple[Labels, Float32]:
-    """Those of `labels` that have a vector of the collection's embedder, with their vectors."""
+def vectors_of(db: sqlite3.Connection, collection: Collection, labels: Labels) -> tuple[Labels, Float32, list[int]]:
+    """Those of `labels` that have a vector of the collection's embedder, with their vectors; and those where it is
+    damaged: not of its size, not finite, or all zeros."""
     rows = db.execute(
         "SELECT label, vector FROM chunks WHERE label IN (SELECT value FROM json_each(?)) "
         "AND collection = ? AND embedder = ?",
         (json.dumps(labels.tolist()), collection.id, collection.embedder),
     ).fetchall()
-    found = np.array([label for label, _ in rows], np.uint64)
-    return found, matrix([vector for _, vector in rows], collection.dimensions)
+    whole = [(label, vector) for label, vector in rows if len(vector) == 4 * collection.dimensions]
+    found = np.array([label for label, _ in whole], np.uint64)
+    vectors = matrix([vector for _, vector in whole], collection.dimensions)
+    good = np.isfinite(vectors).all(axis=1) & vectors.any(axis=1)
+    damaged = {label for label, _ in rows} - set(found[good].tolist())
+    return found[good], vectors[good], sorted(damaged)
 
 
 def insert(db: sqlite3.Connection, collection: Collection, document: int, chunk: NewChunk, vector: bytes) -> int:
@@ -109,7 +114,7 @@ def delete(db: sqlite3.Connection, collection: Collection, labels: Iterable[int]
 
 
 def outdated(db: sqlite3.Connection, collection: Collection, limit: int) -> list[Outdated]:
-    """Chunks whose vector is of another embedder than the collection's, `limit` at most."""
+    """Chunks whose vector is of another embedder than the collection's or of none, `limit` at most."""
     catalog.again(db, collection)
     rows = db.execute(
         "SELECT k.label, k.document, k.id, k.byte_start, k.byte_end, f.text, k.tokens "
@@ -118,6 +123,22 @@ def outdated(db: sqlite3.Connection, collection: Collection, limit: int) -> list
         {"id": collection.id, "embedder": collection.embedder, "limit": limit},
     )
     return [Outdated(label, document, ChunkSpan(*span)) for label, document, *span in rows]
+
+
+def of_others(db: sqlite3.Connection, collection: Collection) -> bool:
+    """Whether some vectors are of another embedder than the collection's; damaged ones are of none."""
+    rows = db.execute(
+        "SELECT 1 FROM chunks k JOIN embedders e ON e.id = k.embedder "
+        "WHERE k.collection = :id AND (k.embedder < :embedder OR k.embedder > :embedder) AND e.revision <> '' LIMIT 1",
+        {"id": collection.id, "embedder": collection.embedder},
+    )
+    return rows.fetchone() is not None
+
+
+def mark_damaged(db: sqlite3.Connection, labels: Sequence[int]) -> None:
+    """Say that their vectors are of no embedder, and so outdated."""
+    none = catalog.no_embedder(db)
+    db.executemany("UPDATE chunks SET embedder = ? WHERE label = ?", [(none, label) for label in labels])
 
 
 def renew(db: sqlite3.Connection, collection: Collection, renewed: Iterable[tuple[int, bytes, bytes]]) -> None:

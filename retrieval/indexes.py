@@ -20,7 +20,7 @@ import numpy as np
 
 from millrace.retrieval import catalog, chunks
 from millrace.retrieval.catalog import Collection
-from millrace.retrieval.database import Database
+from millrace.retrieval.database import Database, transaction
 from millrace.retrieval.documents import Change
 from millrace.retrieval.index.auto import FLAT_UNTIL, AutoIndex
 from millrace.server.errors import Draining, IndexDamaged, Unavailable
@@ -52,6 +52,7 @@ class Indexes:
         self._loading: dict[tuple[int, int], asyncio.Task[AutoIndex]] = {}  # by collection and embedder
         self._places = asyncio.Semaphore(LOADS)
         self._closing = False
+        self.on_damaged: Callable[[], None] = lambda: None  # called when vectors were found that must be made anew
 
     async def get(self, collection: Collection) -> AutoIndex:
         """The index over all vectors of the collection.
@@ -83,7 +84,8 @@ class Indexes:
     async def _load(self, collection: Collection) -> AutoIndex:
         async with self._places:
             loaded = await self._database.run(lambda: self._build(collection))
-        await self._database.write(lambda db: self._publish(db, loaded))
+        if await self._database.write(lambda db: self._publish(db, loaded)):
+            self.on_damaged()
         return loaded.index
 
     def _build(self, collection: Collection) -> _Loaded:
@@ -97,28 +99,45 @@ class Indexes:
         self._reconcile(loaded, self._database.read_here)
         return loaded
 
-    def _reconcile(self, loaded: _Loaded, read: Read) -> None:
-        """Make the index hold just the labels that SQLite has."""
+    def _reconcile(self, loaded: _Loaded, read: Read) -> list[int]:
+        """Make the index hold just the labels that SQLite has, but for those returned: their vectors are damaged."""
         collection, index = loaded.collection, loaded.index
         wanted = read(lambda db: chunks.labels_of(db, collection))
         here = index.labels()
         surplus, missing = np.setdiff1d(here, wanted), np.setdiff1d(wanted, here)
         index.remove(surplus)
+        damaged: list[int] = []
         for start in range(0, len(missing), BATCH):
             if self._closing:
                 raise Draining("the server is shutting down; use another replica")
-            index.add(*read(partial(chunks.vectors_of, collection=collection, labels=missing[start : start + BATCH])))
-        loaded.unsaved += len(surplus) + len(missing)
+            some = missing[start : start + BATCH]
+            labels, vectors, useless = read(partial(chunks.vectors_of, collection=collection, labels=some))
+            index.add(labels, vectors)
+            damaged += useless
+        loaded.unsaved += len(surplus) + len(missing) - len(damaged)
+        return damaged
 
     # The rest runs on the writer's thread.
 
-    def _publish(self, db: sqlite3.Connection, loaded: _Loaded) -> None:
-        """From here on every write changes the index too."""
+    def _publish(self, db: sqlite3.Connection, loaded: _Loaded) -> int:
+        """From here on every write changes the index too. How many vectors are damaged, and left out."""
         now = catalog.again(db, loaded.collection)
-        if now.embedder != loaded.collection.embedder or chunks.outdated(db, now, limit=1):
+        if now.embedder != loaded.collection.embedder or chunks.of_others(db, now):
             raise being_renewed(now)
-        self._reconcile(loaded, lambda function: function(db))
+        if damaged := self._reconcile(loaded, lambda function: function(db)):
+            log.warning("%d vectors of a collection are damaged: they are left out and made anew", len(damaged))
+            with transaction(db):
+                chunks.mark_damaged(db, damaged)
         self._loaded[now.id] = loaded
+        return len(damaged)
+
+    def renew(self, db: sqlite3.Connection, collection: Collection, labels: Sequence[int]) -> None:
+        """Take up the new vectors of labels whose vectors were damaged."""
+        loaded = self._loaded.get(collection.id)
+        if loaded and loaded.collection.embedder == collection.embedder:
+            found, vectors, _ = chunks.vectors_of(db, collection, np.array(labels, np.uint64))
+            loaded.index.add(found, vectors)
+            loaded.unsaved += len(found)
 
     def add(self, change: Change) -> None:
         """Before the transaction ends: new vectors are found from here on, and answered with once it has."""

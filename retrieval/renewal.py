@@ -1,4 +1,4 @@
-"""Embeds again, in the background, what another model embedded."""
+"""Embeds again, in the background, what another model embedded, and what was damaged."""
 
 import asyncio
 import logging
@@ -31,6 +31,7 @@ class Renewal:
         self._embedder, self._preparation = embedder, preparation
         self._due = asyncio.Event()
         self._due.set()
+        indexes.on_damaged = self.request
 
     def request(self) -> None:
         """Look for outdated vectors soon."""
@@ -69,7 +70,7 @@ class Renewal:
         while texts := await self._database.read(lambda db: self._batch(db, collection, info)):
             vectors, _ = await embed_passages(self._embedder, info, list(texts.values()), collection.tenant)
             renewed = list(zip(texts, map(input_of, texts.values()), vectors, strict=True))
-            await self._database.write(partial(_put, collection, renewed))
+            await self._database.write(partial(self._put, collection, renewed))
 
     def _batch(self, db: sqlite3.Connection, collection: Collection, info: EmbedderInfo) -> dict[int, str]:
         """What to embed for the next outdated labels; nothing if the embedder has changed once more."""
@@ -90,7 +91,7 @@ class Renewal:
         self._indexes.drop(collection)
         return chosen
 
-
-def _put(collection: Collection, renewed: Sequence[tuple[int, bytes, bytes]], db: sqlite3.Connection) -> None:
-    with transaction(db):
-        chunks.renew(db, collection, renewed)
+    def _put(self, collection: Collection, renewed: Sequence[tuple[int, bytes, bytes]], db: sqlite3.Connection) -> None:
+        with transaction(db):
+            chunks.renew(db, collection, renewed)
+        self._indexes.renew(db, collection, [label for label, _, _ in renewed])

@@ -2,6 +2,7 @@
 
 import asyncio
 import shutil
+import sqlite3
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -113,6 +114,43 @@ async def test_a_damaged_image_costs_time_only(tmp_path, loads: list[bool], dama
         async with library(tmp_path) as lib:
             assert await ask(lib) == pytest.approx(expected(tmp_path), abs=1e-6)
     assert loads == [False, True]
+
+
+class PatientEmbedder(WordEmbedder):
+    """Embeds questions at once, and what is stored when it may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may = asyncio.Event()
+
+    async def embed(self, texts, *, background: bool = False, **others):
+        if background:
+            await self.may.wait()
+        return await super().embed(texts, background=background, **others)
+
+
+async def test_damaged_vectors_are_left_out_and_made_anew(tmp_path, caplog) -> None:
+    async with library(tmp_path) as lib:
+        await fill(lib, range(12))
+        whole = await ask(lib)
+    next((tmp_path / "indexes").glob("*.index")).unlink()
+    useless = [np.full(16, np.nan, "<f4").tobytes(), bytes(64), b"short", b""]
+    with sqlite3.connect(tmp_path / "millrace.db") as db:
+        db.executemany("UPDATE chunks SET vector = ? WHERE label = ?", zip(useless, (1, 4, 5, 9), strict=True))
+    db.close()
+    embedder = PatientEmbedder()
+    async with library(tmp_path, embedder) as lib:
+        for _ in range(2):
+            assert await ask(lib) == {name: whole[name] for name in whole.keys() - {"d0", "d3", "d4", "d8"}}
+        assert "4 vectors of a collection are damaged" in caplog.text
+        await lib.delete_documents("t", "c", ["d8"])
+        del whole["d8"]
+        embedder.may.set()
+        async with asyncio.timeout(10):
+            while await ask(lib) != whole:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+    assert expected(tmp_path) == pytest.approx(whole, abs=1e-6)
+    assert await _reopened(tmp_path) == whole
 
 
 async def test_a_restored_backup_does_not_believe_a_younger_image(tmp_path, loads: list[bool]) -> None:
