@@ -5,6 +5,7 @@ import shutil
 import sqlite3
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,10 @@ import pytest
 from retrieval_audit import audit
 from retrieval_fakes import WordEmbedder, document, library, prose
 
-from millrace.retrieval import indexes
+from millrace.retrieval import indexes, snapshot
 from millrace.retrieval.catalog import Collection
 from millrace.retrieval.documents import Change
+from millrace.retrieval.index import hnsw
 from millrace.retrieval.index.auto import AutoIndex
 from millrace.retrieval.types import SearchMode, SearchRequest
 
@@ -235,6 +237,39 @@ async def test_writes_while_it_is_loaded(tmp_path, monkeypatch) -> None:
         await search
         after = await ask(lib)
     assert after == pytest.approx(expected(tmp_path), abs=1e-6)
+
+
+@pytest.mark.parametrize(("work", "flat_until"), [("rebuilding", 4), ("saving", 4), ("saving", 100)])
+async def test_searches_go_on_beside_long_work_of_the_writer(tmp_path, monkeypatch, work: str, flat_until: int) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def held(function):
+        def slow(*args):
+            begun.set()
+            assert go_on.wait(20)
+            return function(*args)
+
+        return slow
+
+    monkeypatch.setattr(indexes, "AutoIndex", partial(AutoIndex, flat_until=flat_until))
+    async with library(tmp_path) as lib:
+        await fill(lib, range(12))
+        before = await ask(lib)
+        if work == "saving":
+            monkeypatch.setattr(indexes, "LEAST_CHANGES", 1)
+            monkeypatch.setattr(snapshot, "write", held(snapshot.write))
+        else:
+            monkeypatch.setattr(hnsw, "MAX_WEAR", -1)
+            monkeypatch.setattr(hnsw.HnswIndex, "_built_over", held(hnsw.HnswIndex._built_over))
+        change = asyncio.create_task(lib.delete_documents("t", "c", ["d1"]))
+        assert await asyncio.to_thread(begun.wait, 10)
+        try:
+            async with asyncio.timeout(5):
+                for _ in range(3):
+                    assert await ask(lib) == {name: before[name] for name in before.keys() - {"d1"}}
+        finally:
+            go_on.set()
+        assert await change == 1
 
 
 async def _error(call) -> BaseException | None:
