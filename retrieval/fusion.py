@@ -3,8 +3,8 @@
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-# How little the first ranks of a stage stand out. The paper takes 60, for dozens of rankings; for two short ones 2 to 10
-# put the right document first more often (docs/measurements.md).
+# How little the first ranks of a stage stand out. The paper takes 60, for dozens of rankings; for two short ones 2
+# to 10 put the right document first more often (docs/measurements.md).
 K = 5
 
 

@@ -21,7 +21,7 @@ OTHER_VARIABLES = frozenset({"MILLRACE_ISA", "MILLRACE_ADDRESS", "MILLRACE_API_K
 
 DAY = 86_400.0  # seconds, the longest time that any setting may ask for
 MAX_MODEL_NAME_BYTES = 256  # of a request's `model` field
-MIN_SUPPORT = 0.4  # that an answer needs, in [0, 1]; docs/retrieval.md says what it means
+MIN_SUPPORT = 0.35  # that an answer needs, in [0, 1]; docs/retrieval.md says what it means
 
 
 def default_data_dir() -> Path:
