@@ -23,7 +23,7 @@ from millrace.server.gateway.prompt import LONG, run_beside
 from millrace.server.gateway.question import answer_mode, query_of
 from millrace.server.gateway.routing import ModelCard
 from millrace.server.gateway.sources import MARGIN, Found, masked_hits, numbered
-from millrace.server.gateway.support import Candidate, Quote, candidates, preselect, supports
+from millrace.server.gateway.support import Candidate, Quote, best_of, candidates, preselect, supports
 from millrace.server.telemetry.metrics import Metrics
 from millrace.server.types import AnswerMode, BackendInfo, GenerateRequest, RetrievalOptions, Source
 
@@ -107,7 +107,7 @@ class Rag:
                 outcome.word = "refused"
                 quotation = Quotation.refusal(card.tokenizer, request, tokens)
             elif mode is AnswerMode.EXTRACTIVE:
-                best = [found.show(one) for one in quotes[: either(options.max_sentences, MAX_SENTENCES)]]
+                best = [found.show(one) for one in best_of(quotes, either(options.max_sentences, MAX_SENTENCES))]
                 join = partial(quote, card.tokenizer, request, best, guard, tokens)
                 quotation = await run_beside(self._executor, LONG + 1, join)
             return Grounds(request, mode, sources, max_tokens, tokens, quotation)

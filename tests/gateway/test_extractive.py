@@ -54,6 +54,12 @@ QUESTION = "How many days to return a kettle?"
 QUOTE = RetrievalOptions("shop", answer_mode=AnswerMode.EXTRACTIVE, min_support=0.2)
 
 
+@pytest.fixture(autouse=True)
+def every_quote(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weak quotes stay: what is left out beside a better one has tests of its own."""
+    monkeypatch.setattr("millrace.server.gateway.support.WEAKEST", 0)
+
+
 @pytest.fixture
 def shop(house):
     """Three chunks; the second repeats the end of the first."""
@@ -383,3 +389,13 @@ async def test_the_log_has_counts_and_no_text(shop, ask, logs) -> None:
     with pytest.raises(RequestError):
         await shop.events(ask("canary", retrieval=RetrievalOptions("none")))
     assert "canary" not in str(logs)
+
+
+async def test_weak_quotes_are_left_out_beside_a_better_one(shop, ask, monkeypatch) -> None:
+    options = RetrievalOptions("shop", answer_mode=AnswerMode.EXTRACTIVE, min_support=0, max_sentences=20)
+    every = await shop.run(ask(QUESTION, retrieval=options))
+    monkeypatch.setattr("millrace.server.gateway.support.WEAKEST", 0.75)
+    answer = await shop.run(ask(QUESTION, retrieval=options))
+    best = every.citations[0].score
+    assert 0 < len(answer.citations) < len(every.citations)
+    assert [one.score for one in answer.citations] == [one.score for one in every.citations if one.score >= 0.75 * best]
