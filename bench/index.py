@@ -16,6 +16,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -57,7 +58,7 @@ def clustered(count: int, dimensions: int, seed: int = 0) -> Float32:
 
 def median_us(search: Search, queries: Float32) -> float:
     """Over the queries, of the best of three runs of each: other processes only ever add."""
-    return median(min(seconds(lambda query=query: search(query)) for _ in range(3)) for query in queries) * 1e6  # type: ignore[misc]
+    return median(min(seconds(partial(search, query)) for _ in range(3)) for query in queries) * 1e6
 
 
 def recall(search: Search, oracle: Search, queries: Float32) -> float:
@@ -126,7 +127,7 @@ def filtered(hnsw: HnswIndex, flat: FlatIndex, queries: Float32) -> Table:
         made.add_row(f"{share:.1%} allowed", *compared(hnsw, flat, queries, allowed))
     for share in (0.1, 0.24, 0.3, 0.5):
         doomed = draws.choice(flat.labels(), len(flat) - round((1 - share) * len(labels)), replace=False)
-        took = seconds(lambda doomed=doomed: hnsw.remove(doomed))  # type: ignore[misc]
+        took = seconds(partial(hnsw.remove, doomed))
         flat.remove(doomed)
         made.add_row(f"{share:.0%} deleted in {took:.1f} s", *compared(hnsw, flat, queries))
     return made

@@ -1,7 +1,6 @@
 """From a question to what its answer is made from: search, choose, judge whether it is enough."""
 
 import time
-from asyncio import CancelledError
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
@@ -14,11 +13,12 @@ from numpy.typing import NDArray
 
 from millrace.retrieval.embedding import Embedder
 from millrace.retrieval.types import Chunk, Hit, SearchRequest, SearchResult
-from millrace.server.errors import InternalError, InvalidRequest, RequestError
+from millrace.server.errors import InvalidRequest
 from millrace.server.gateway.context import build_context
 from millrace.server.gateway.effective import either
 from millrace.server.gateway.extractive import Quotation, forges, quote
 from millrace.server.gateway.guardrails.base import Guard
+from millrace.server.gateway.outcome import Outcome
 from millrace.server.gateway.prompt import LONG, run_beside
 from millrace.server.gateway.question import answer_mode, query_of
 from millrace.server.gateway.routing import ModelCard
@@ -62,10 +62,6 @@ class Grounds:
     quotation: Quotation | None = None
 
 
-class Outcome:
-    word = "answered"
-
-
 class Rag:
     """`min_support`: what an answer needs unless the request says otherwise, [0, 1]."""
 
@@ -104,7 +100,7 @@ class Rag:
             tokens += result.embedding_tokens
             quotation = None
             if not quotes:
-                outcome.word = "refused"
+                outcome.good = "refused"
                 quotation = Quotation.refusal(card.tokenizer, request, tokens)
             elif mode is AnswerMode.EXTRACTIVE:
                 best = [found.show(one) for one in best_of(quotes, either(options.max_sentences, MAX_SENTENCES))]
@@ -144,18 +140,10 @@ class Rag:
 
     @contextmanager
     def _measured(self) -> Iterator[Outcome]:
-        began, outcome = time.monotonic(), Outcome()
+        began, outcome = time.monotonic(), Outcome("answered")
         try:
-            yield outcome
-        except RequestError as error:
-            outcome.word = error.reason
-            raise
-        except CancelledError:
-            outcome.word = "CANCELLED"
-            raise
-        except Exception:
-            outcome.word = InternalError.reason
-            raise
+            with outcome.watch():
+                yield outcome
         finally:
             self._metrics.retrieval_requests.labels(outcome.word).inc()
             self._metrics.retrieval_time.observe(time.monotonic() - began)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
-from millrace.server.errors import InternalError, RequestError
+from millrace.server.gateway.outcome import Outcome
 from millrace.server.telemetry.logs import get_logger
 from millrace.server.telemetry.metrics import Metrics
 from millrace.server.types import Caller, Finish, GenerateRequest, Timings, TokenDelta, Usage
@@ -75,18 +75,12 @@ class RequestRecord:
     @contextmanager
     def watch(self) -> Iterator[None]:
         """Write the record when the block ends, however it ends."""
-        outcome = "CANCELLED"
+        outcome = Outcome()
         try:
-            yield
-            outcome = "OK"
-        except RequestError as error:
-            outcome = error.reason
-            raise
-        except Exception:
-            outcome = InternalError.reason
-            raise
+            with outcome.watch():
+                yield
         finally:
-            self._write(outcome)
+            self._write(outcome.word)
 
     def _write(self, outcome: str) -> None:
         metrics, timings = self._metrics, self.timings()
