@@ -20,7 +20,7 @@ from millrace.server.text.tokenizer_file import read_config
 from millrace.server.types import ChatPrompt
 
 MAX_TEMPLATE_BYTES = 1 << 20
-MAX_SECONDS = 0.2  # of processor time
+MAX_SECONDS = 0.5  # of processor time
 MAX_DEPTH = 32  # of template_kwargs
 RESERVED = GLOBALS | {"messages", "tools", "documents", "add_generation_prompt"}
 MARKS = [chr(code) for code in range(0xFDD0, 0xFDEF)]  # noncharacters: no text needs them

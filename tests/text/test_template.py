@@ -1,5 +1,6 @@
 """Chat templates against transformers, control tokens in messages, and templates that misbehave."""
 
+import itertools
 import json
 import time
 import tracemalloc
@@ -174,6 +175,15 @@ def test_template_errors_are_the_requests(tokenizers, kind):
 )
 def test_internals_of_python_are_not_there(tokenizers, source):
     assert ChatTemplate(tokenizers["builtin"], source).render(conversation(["hi"])) == ""
+
+
+def test_a_pause_inside_a_short_render_is_not_the_templates_doing(tokenizers, monkeypatch):
+    clock = itertools.count(0, 1000)
+    monkeypatch.setattr(time, "thread_time", lambda: next(clock))
+    template = ChatTemplate(tokenizers["builtin"], "{% for m in messages %}{{ m.content }}{% endfor %}")
+    assert template.render(conversation(["hi", "ho"])) == "hiho"
+    with pytest.raises(InvalidRequest, match="too long"):
+        template.render(conversation(["a"] * 200))
 
 
 MANY = "{% for a in range(99999) %}"
