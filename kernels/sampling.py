@@ -1,6 +1,6 @@
 """Choosing the next token of each row of logits: the face of csrc/kernels/sampling.cpp.
 
-`millrace.kernels.reference.sample` is the definition, bit for bit.
+`millrace.kernels.reference.sampling.sample` is the definition, bit for bit.
 """
 
 from collections.abc import Mapping, Sequence

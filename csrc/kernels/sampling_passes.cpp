@@ -131,15 +131,8 @@ MILLRACE_PASSES(avx512, [[gnu::target("avx512f,avx512bw,avx512dq,avx512vl,prefer
 }  // namespace
 
 const Passes& passes(Isa isa) {
-  switch (isa) {
-    case Isa::avx512:
-      return avx512::passes;
-    case Isa::avx2:
-      return avx2::passes;
-    case Isa::baseline:
-      break;
-  }
-  return baseline::passes;
+  if (isa >= Isa::avx512) return avx512::passes;
+  return isa == Isa::avx2 ? avx2::passes : baseline::passes;
 }
 
 }  // namespace millrace::sampling

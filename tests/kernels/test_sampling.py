@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from millrace.kernels import reference
+from millrace.kernels.reference import sampling as reference
 from millrace.kernels.sampling import SampleResult, sample
 
 Make = Callable[..., dict[str, Any]]

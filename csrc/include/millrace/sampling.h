@@ -1,4 +1,4 @@
-// Choosing the next token of each row of logits. kernels/reference.py is the definition.
+// Choosing the next token of each row of logits. kernels/reference/sampling.py is the definition.
 #pragma once
 
 #include <cstdint>

@@ -1,64 +1,23 @@
-// millrace.kernels._C: checks arrays, then calls csrc/kernels without the GIL. The only user of pybind11.
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
+// The face is kernels/sampling.py.
+#include "millrace/sampling.h"
+
 #include <pybind11/stl.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <limits>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "millrace/isa.h"
-#include "millrace/sampling.h"
+#include "arrays.h"
+#include "bindings.h"
 
-namespace py = pybind11;
-
+namespace millrace::bindings {
 namespace {
 
-[[noreturn]] void fail(const std::string& message) { throw py::value_error(message); }
-
-millrace::Isa current_isa() { return millrace::choose_isa(std::getenv("MILLRACE_ISA")); }
-
-// A contiguous vector of T; `length` -1: any.
-template <typename T>
-const T* column(const py::array& array, const char* name, py::ssize_t length) {
-  const std::string is = std::string(name) + " must be ";
-  if (!array.dtype().equal(py::dtype::of<T>())) {
-    fail(is + std::string(py::str(py::dtype::of<T>())) + ", not " + std::string(py::str(array.dtype())));
-  }
-  if (array.ndim() != 1) fail(is + "one-dimensional");
-  if (length >= 0 && array.shape(0) != length) {
-    fail(is + std::to_string(length) + " long, not " + std::to_string(array.shape(0)));
-  }
-  if ((array.flags() & py::array::c_style) == 0) fail(is + "contiguous");
-  if (reinterpret_cast<std::uintptr_t>(array.data()) % alignof(T) != 0) fail(is + "aligned");
-  return static_cast<const T*>(array.data());
-}
-
-template <typename T, typename Predicate>
-const T* checked(const py::array& array, const char* name, py::ssize_t length, const char* range, Predicate inside) {
-  const T* values = column<T>(array, name, length);
-  for (py::ssize_t i = 0; i < array.shape(0); ++i) {
-    if (!inside(values[i])) {
-      fail(std::string(name) + "[" + std::to_string(i) + "] = " + std::to_string(values[i]) + " is outside " + range);
-    }
-  }
-  return values;
-}
-
-const std::int32_t* offsets(const py::array& array, const char* name, py::ssize_t rows, py::ssize_t end) {
-  const auto* values = column<std::int32_t>(array, name, rows + 1);
-  bool valid = values[0] == 0 && values[rows] == end;
-  for (py::ssize_t i = 0; i < rows; ++i) valid = valid && values[i] <= values[i + 1];
-  if (!valid) fail(std::string(name) + " must rise from 0 to " + std::to_string(end));
-  return values;
-}
-
-void set_logits(const py::array& logits, millrace::SamplingInput& input) {
+void set_logits(const py::array& logits, SamplingInput& input) {
   constexpr auto kFloat = static_cast<py::ssize_t>(sizeof(float));
   if (!logits.dtype().equal(py::dtype::of<float>()) || logits.ndim() != 2) {
     fail("logits must be a float32 array of [rows, vocabulary]");
@@ -80,7 +39,7 @@ void set_logits(const py::array& logits, millrace::SamplingInput& input) {
 
 using Masks = std::vector<std::pair<std::int64_t, py::array>>;
 
-std::vector<const std::uint32_t*> mask_pointers(const Masks& masks, const millrace::SamplingInput& input) {
+std::vector<const std::uint32_t*> mask_pointers(const Masks& masks, const SamplingInput& input) {
   std::vector<const std::uint32_t*> pointers(static_cast<std::size_t>(input.rows), nullptr);
   for (const auto& [row, words] : masks) {
     if (row < 0 || row >= input.rows) fail("mask of row " + std::to_string(row) + ": there is no such row");
@@ -92,14 +51,14 @@ std::vector<const std::uint32_t*> mask_pointers(const Masks& masks, const millra
 }
 
 // Drops the entries of rows that failed, and the room that rows did not ask for.
-py::tuple compact(const millrace::SamplingInput& input, const std::vector<millrace::SamplingStatus>& status,
-                  py::ssize_t width, const std::vector<std::int32_t>& ids, const std::vector<float>& logprobs) {
+py::tuple compact(const SamplingInput& input, const std::vector<SamplingStatus>& status, py::ssize_t width,
+                  const std::vector<std::int32_t>& ids, const std::vector<float>& logprobs) {
   py::array_t<std::int32_t> starts(input.rows + 1);
   std::vector<std::int32_t> kept_ids;
   std::vector<float> kept_logprobs;
   starts.mutable_at(0) = 0;
   for (std::int32_t row = 0; row < input.rows; ++row) {
-    const bool ok = status[static_cast<std::size_t>(row)] == millrace::SamplingStatus::ok;
+    const bool ok = status[static_cast<std::size_t>(row)] == SamplingStatus::ok;
     const std::int32_t count = ok ? std::clamp(input.top_n[row], 0, input.vocab) : 0;
     const auto at = static_cast<std::ptrdiff_t>(row * width);
     kept_ids.insert(kept_ids.end(), ids.begin() + at, ids.begin() + at + count);
@@ -117,7 +76,7 @@ py::tuple sample(const py::array& logits, const py::array& temperature, const py
                  const py::array& position, const py::array& top_n, const py::array& bias_offsets,
                  const py::array& bias_ids, const py::array& bias_values, const py::array& history_offsets,
                  const py::array& history_ids, const py::array& history_prompt_lens, const Masks& masks) {
-  millrace::SamplingInput in{};
+  SamplingInput in{};
   set_logits(logits, in);
   const py::ssize_t rows = in.rows;
   const auto not_negative = [](auto v) { return v >= 0; };
@@ -150,44 +109,32 @@ py::tuple sample(const py::array& logits, const py::array& temperature, const py
   }
   const std::vector<const std::uint32_t*> pointers = mask_pointers(masks, in);
   in.masks = pointers.data();
-  const millrace::Isa isa = current_isa();
+  const Isa isa = current_isa();
 
   const std::int32_t most = rows == 0 ? 0 : *std::max_element(in.top_n, in.top_n + rows);
   const std::int32_t width = std::clamp(most, 0, in.vocab);
   const auto room = static_cast<std::size_t>(rows) * static_cast<std::size_t>(width);
   std::vector<std::int32_t> top_ids(room);
   std::vector<float> top_logprobs(room);
-  std::vector<millrace::SamplingStatus> status(static_cast<std::size_t>(rows));
+  std::vector<SamplingStatus> status(static_cast<std::size_t>(rows));
   py::array_t<std::int32_t> token_ids(rows);
   py::array_t<float> logprobs(rows);
-  const millrace::SamplingOutput out{token_ids.mutable_data(), logprobs.mutable_data(), status.data(), width,
-                                     top_ids.data(),           top_logprobs.data()};
+  const SamplingOutput out{token_ids.mutable_data(), logprobs.mutable_data(), status.data(), width,
+                           top_ids.data(),           top_logprobs.data()};
   {
     const py::gil_scoped_release release;
     millrace::sample(in, out, isa);
   }
   py::array_t<std::int32_t> codes(rows);
   std::transform(status.begin(), status.end(), codes.mutable_data(),
-                 [](millrace::SamplingStatus s) { return static_cast<std::int32_t>(s); });
+                 [](SamplingStatus s) { return static_cast<std::int32_t>(s); });
   const py::tuple top = compact(in, status, width, top_ids, top_logprobs);
   return py::make_tuple(token_ids, logprobs, top[0], top[1], top[2], codes);
 }
 
 }  // namespace
 
-PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
-  module.doc() = "Native kernels; the documented faces are the modules of millrace.kernels.";
-  module.def(
-      "isa", [] { return millrace::name(current_isa()); },
-      "The instruction set the kernels run with: the fastest of this machine, or MILLRACE_ISA.");
-  module.def(
-      "available_isas",
-      [] {
-        std::vector<std::string> names;
-        for (const millrace::Isa isa : millrace::available_isas()) names.push_back(millrace::name(isa));
-        return names;
-      },
-      "Instruction sets this machine can run, slowest first.");
+void bind_sampling(py::module_& module) {
   module.def("sample", &sample, py::kw_only(), py::arg("logits"), py::arg("temperature"), py::arg("top_p"),
              py::arg("top_k"), py::arg("min_p"), py::arg("presence_penalty"), py::arg("frequency_penalty"),
              py::arg("repetition_penalty"), py::arg("seed"), py::arg("choice"), py::arg("position"), py::arg("top_n"),
@@ -195,3 +142,5 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
              py::arg("history_ids"), py::arg("history_prompt_lens"), py::arg("masks"),
              "See millrace.kernels.sampling.sample.");
 }
+
+}  // namespace millrace::bindings

@@ -1,0 +1,7 @@
+#include "amx.h"
+
+namespace millrace {
+
+bool has_amx() { return false; }
+
+}  // namespace millrace
