@@ -26,5 +26,36 @@ inline F32 exp(F32 x) {
 
 inline F32 silu(F32 x) { return x / (fill(1.0F) + exp(zero() - x)); }
 
+inline F32 tanh(F32 x) { return fill(1.0F) - fill(2.0F) / (fill(1.0F) + exp(x + x)); }
+
+// Abramowitz and Stegun 7.1.26: within 1.5e-7.
+inline F32 erf(F32 x) {
+  const F32 size = abs(x);
+  const F32 t = fill(1.0F) / fma(size, fill(0.3275911F), fill(1.0F));
+  F32 p = fill(1.061405429F);
+  p = fma(p, t, fill(-1.453152027F));
+  p = fma(p, t, fill(1.421413741F));
+  p = fma(p, t, fill(-0.284496736F));
+  p = fma(p, t, fill(0.254829592F));
+  const F32 y = fill(1.0F) - p * t * exp(zero() - size * size);
+  return where_less(x, zero(), zero() - y, y);
+}
+
+inline F32 activate(Activation activation, F32 x) {
+  switch (activation) {
+    case Activation::silu:
+      return silu(x);
+    case Activation::gelu:
+      return fill(0.5F) * x * (fill(1.0F) + erf(x * fill(0.707106781F)));
+    case Activation::gelu_tanh:
+      return fill(0.5F) * x * (fill(1.0F) + tanh(fill(0.797884561F) * fma(fill(0.044715F) * x * x, x, x)));
+    case Activation::relu:
+      return max(x, zero());
+    case Activation::none:
+      break;
+  }
+  return x;
+}
+
 }  // namespace
 }  // namespace millrace

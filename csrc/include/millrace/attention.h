@@ -1,4 +1,5 @@
-// Attention over a paged KV cache, for prefill chunks and decodes in one step. kernels/reference/attention.py is the definition.
+// Attention over a paged KV cache, for prefill chunks and decodes in one step. kernels/reference/attention.py is the
+// definition.
 //
 // Positions are cut into spans of kSpan at absolute multiples of it. Within a span: scores, their maximum,
 // exponentials, their sum and the mixed values, all from nothing; spans are merged in ascending order (Dao 2022,

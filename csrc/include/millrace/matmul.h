@@ -82,7 +82,8 @@ enum class Epilogue {
   store,     // out[m, n] = sum
   add,       // out[m, n] += sum
   activate,  // half[m, n] = activation(sum)
-  gate,      // half[m, c] = activation(gate) * up: tile 0 of each block holds 16 gates, tile 1 the same 16 ups
+  gate,      // half[m, c] = activation(gate) * up: tile 0 of each block holds 16 gates, tile 1 the same 16 ups;
+             // n is a multiple of 32, channels that fill it up give zeros
 };
 struct MatmulOutput {
   Epilogue epilogue;
