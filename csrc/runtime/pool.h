@@ -1,13 +1,13 @@
 // The threads that compute a step.
 #pragma once
 
-#include <algorithm>
 #include <array>
 #include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <exception>
 #include <memory>
+#include <stdexcept>
 #include <thread>
 #include <type_traits>
 #include <vector>
@@ -88,6 +88,8 @@ class Pool {
  private:
   using Call = void (*)(const void* callable, int thread);
   struct Stop {};  // thrown in the other threads once one has thrown
+  static constexpr char kUnevenBarriers[] = "the threads of a job must all come to the same barriers";
+  static constexpr char kUnevenLoops[] = "the threads of a job must all share the same loops";
 
   // Pieces are numbered by a counter that is never set back, which would take a barrier: a loop uses up one number per
   // piece and one per thread, the one that tells it to leave, so every thread knows where the next loop begins.
@@ -98,7 +100,11 @@ class Pool {
     std::atomic<std::int64_t>& counter;
     std::int64_t begin;
     std::int64_t pieces;
-    std::int64_t next() { return counter.fetch_add(1, std::memory_order_relaxed) - begin; }
+    std::int64_t next() {
+      const std::int64_t piece = counter.fetch_add(1, std::memory_order_relaxed) - begin;
+      if (piece < 0) throw std::logic_error(kUnevenLoops);
+      return piece;
+    }
   };
   static constexpr int kLoops = 8;  // that threads may be in at once, between two barriers
 
@@ -120,7 +126,7 @@ class Pool {
   void work(int thread);
   void perform(int thread) noexcept;
   void fail(std::exception_ptr error) noexcept;
-  void recover();
+  std::exception_ptr recover();
   void join() noexcept;
   Seat& seat(int thread);
   Loop enter(int thread, std::int64_t count, std::int64_t grain);
@@ -128,15 +134,17 @@ class Pool {
 
   std::vector<Seat> seats_;
   std::vector<int> cores_;  // one per thread; empty: not pinned
-  std::chrono::nanoseconds spin_;
+  std::chrono::nanoseconds spin_{0};
   Call call_ = nullptr;  // null when workers are to end
   const void* callable_ = nullptr;
   std::exception_ptr error_;
   std::atomic<bool> running_{false};
-  std::atomic<bool> failed_{false};
+  std::atomic<bool> failing_{false};  // somebody writes error_
+  std::atomic<bool> failed_{false};   // error_ is written
   Epoch started_;
   Meeting barrier_;
   Meeting finished_;
+  alignas(kFalseSharing) std::atomic<int> ended_{0};  // threads whose job returned
   std::array<Counter, kLoops> counters_;
   std::vector<std::thread> workers_;
 };
