@@ -113,6 +113,13 @@ native-test: install ## the C++ tests under the address and undefined-behaviour 
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake --build build/native
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" ctest --test-dir build/native --output-on-failure
 
+.PHONY: soak
+soak: install ## the thread pool for some minutes under the thread sanitizer
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake -S . -B build/tsan -G Ninja -DMILLRACE_PYTHON=OFF -DMILLRACE_TESTS=ON \
+	  -DMILLRACE_SANITIZE=thread
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake --build build/tsan --target test_pool
+	build/tsan/tests/csrc/test_pool 20
+
 .PHONY: bench
 bench: install ## every benchmark, one after the other
 	for file in bench/*.py; do $(PY) -m millrace.bench.$$(basename $$file .py); done
