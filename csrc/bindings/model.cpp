@@ -1,8 +1,340 @@
 // The face is server/model/executors/cpu.py.
+#include "runtime/model.h"
+
+#include <pybind11/stl.h>
+
+#include <limits>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "arrays.h"
 #include "bindings.h"
+#include "runtime/cores.h"
 
 namespace millrace::bindings {
+namespace {
 
-void bind_model(pybind11::module_&) {}
+using Int32 = std::int32_t;
+
+template <typename T>
+T named(const std::string& text, const std::vector<std::pair<const char*, T>>& names) {
+  std::string all;
+  for (const auto& [known, value] : names) {
+    if (text == known) return value;
+    all += (all.empty() ? "" : ", ") + std::string(known);
+  }
+  fail("'" + text + "' is not one of " + all);
+}
+
+Stored stored_of(const std::string& text) {
+  return named<Stored>(text, {{"F32", Stored::float32}, {"F16", Stored::float16}, {"BF16", Stored::bfloat16}});
+}
+Width width_of(const std::string& text) {
+  return named<Width>(text, {{"bf16", Width::bf16}, {"int8", Width::int8}, {"int4", Width::int4}});
+}
+Activation activation_of(const std::string& text) {
+  return named<Activation>(text, {{"silu", Activation::silu},
+                                  {"gelu", Activation::gelu},
+                                  {"gelu_tanh", Activation::gelu_tanh},
+                                  {"relu", Activation::relu}});
+}
+KVType kv_type_of(const std::string& text) {
+  return named<KVType>(text, {{"bf16", KVType::bf16}, {"int8", KVType::int8}});
+}
+
+// What Weights hands out, for Python to hold: values into memory that lives as long as the model.
+struct Vector {
+  const float* data;
+};
+struct Matrix {
+  PackedMatrix packed;
+};
+
+// (bytes, dtype, rows, columns)
+using Source = std::tuple<py::buffer, std::string, Int32, Int32>;
+
+std::vector<Tensor> tensors_of(const std::vector<Source>& sources, std::vector<py::buffer_info>& views) {
+  std::vector<Tensor> tensors;
+  for (const auto& [buffer, dtype, rows, columns] : sources) {
+    views.push_back(buffer.request());
+    const Stored stored = stored_of(dtype);
+    const auto expected = static_cast<py::ssize_t>(stored_bytes(stored)) * rows * columns;
+    if (views.back().size * views.back().itemsize != expected) {
+      fail("a tensor of " + std::to_string(rows) + " x " + std::to_string(columns) + " " + dtype + " takes " +
+           std::to_string(expected) + " bytes");
+    }
+    tensors.push_back({static_cast<const std::byte*>(views.back().ptr), stored, rows, columns});
+  }
+  return tensors;
+}
+
+// The part of a batch that a step reads, checked: nothing outside the cache or the tables is touched.
+struct Checked {
+  StepInput input{};
+  Checked(Model& model, const py::array& token_ids, const py::array& positions, const py::array& slots,
+          const py::array& starts, const py::array& context_lens, const py::array& block_tables,
+          const py::array& draw_tokens, const py::array& pooled_rows,
+          const std::pair<py::array, py::array>& embeddings) {
+    const Network& network = model.network();
+    const py::ssize_t tokens = token_ids.shape(0), rows = context_lens.shape(0);
+    if (rows < 1 || tokens < rows) fail("a step has at least one row, and each at least one token");
+    const auto below = [](std::int64_t end) { return [end](Int32 v) { return v >= 0 && v < end; }; };
+    input.rows = static_cast<Int32>(rows);
+    input.tokens = static_cast<Int32>(tokens);
+    set_embeddings(embeddings.first, embeddings.second, network.hidden);
+    input.token_ids = checked<Int32>(token_ids, "token_ids", tokens, "[0, vocabulary)", [&](Int32 v) {
+      return v < network.vocab && (v >= 0 || (v == -1 && input.embedded > 0));
+    });
+    const std::int64_t most = network.positions.data == nullptr ? std::numeric_limits<Int32>::max()
+                                                                : network.positions.rows - network.position_offset;
+    input.positions = checked<Int32>(positions, "positions", tokens, "the positions of the model", below(most));
+    input.offsets = offsets(starts, "offsets", rows, tokens);
+    input.context_lens = checked<Int32>(context_lens, "context_lens", rows, "[1, 2^31)", [](Int32 v) { return v > 0; });
+    for (py::ssize_t row = 0; row < rows; ++row) {
+      const Int32 length = input.offsets[row + 1] - input.offsets[row];
+      if (length < 1) fail("row " + std::to_string(row) + " has no tokens");
+      const Int32 last = input.positions[input.offsets[row + 1] - 1];
+      if (last + 1 != input.context_lens[row] || last - input.positions[input.offsets[row]] != length - 1) {
+        fail("row " + std::to_string(row) + " does not end at its context length");
+      }
+    }
+    if (network.causal()) check_blocks(model, slots, block_tables);
+    input.draws = static_cast<Int32>(draw_tokens.shape(0));
+    if (input.draws > 0 && network.head.data == nullptr) fail("an encoder has no logits");
+    input.draw_tokens = checked<Int32>(draw_tokens, "draw_tokens", -1, "[0, tokens)", below(tokens));
+    input.pooled = static_cast<Int32>(pooled_rows.shape(0));
+    input.pooled_rows = checked<Int32>(pooled_rows, "pooled_rows", -1, "[0, rows)", below(rows));
+  }
+
+ private:
+  void set_embeddings(const py::array& indices, const py::array& vectors, Int32 hidden) {
+    input.embedded = static_cast<Int32>(indices.shape(0));
+    input.embedded_tokens = checked<Int32>(indices, "embedding indices", -1, "[0, tokens)",
+                                           [&](Int32 v) { return v >= 0 && v < input.tokens; });
+    if (!vectors.dtype().equal(py::dtype::of<float>()) || vectors.ndim() != 2 || vectors.shape(0) != input.embedded ||
+        (input.embedded > 0 && vectors.shape(1) != hidden) || (vectors.flags() & py::array::c_style) == 0) {
+      fail("embeddings must be contiguous float32 [embeddings, hidden]");
+    }
+    input.embeddings = static_cast<const float*>(vectors.data());
+  }
+
+  void check_blocks(Model& model, const py::array& slots, const py::array& block_tables) {
+    const std::int64_t blocks = model.kv().blocks();
+    input.slots = checked<Int32>(slots, "slots", input.tokens, "the cache",
+                                 [&](Int32 v) { return v >= 0 && v < blocks * kBlockTokens; });
+    if (!block_tables.dtype().equal(py::dtype::of<Int32>()) || block_tables.ndim() != 2 ||
+        block_tables.shape(0) != input.rows || (block_tables.flags() & py::array::c_style) == 0) {
+      fail("block_tables must be contiguous int32 [rows, blocks]");
+    }
+    input.block_tables = static_cast<const Int32*>(block_tables.data());
+    input.table_stride = block_tables.shape(1);
+    for (Int32 row = 0; row < input.rows; ++row) {
+      const std::int64_t needed = (input.context_lens[row] + kBlockTokens - 1) / kBlockTokens;
+      if (needed > input.table_stride) fail("the block table of row " + std::to_string(row) + " is too short");
+      for (std::int64_t i = 0; i < needed; ++i) {
+        const Int32 block = input.block_tables[row * input.table_stride + i];
+        if (block < 0 || block >= blocks) fail("the block table of row " + std::to_string(row) + " leaves the cache");
+      }
+    }
+  }
+};
+
+py::tuple step(const py::object& self, const py::array& token_ids, const py::array& positions, const py::array& slots,
+               const py::array& starts, const py::array& context_lens, const py::array& block_tables,
+               const py::array& draw_tokens, const py::array& pooled_rows,
+               const std::pair<py::array, py::array>& embeddings) {
+  auto& model = self.cast<Model&>();
+  const Checked checked(model, token_ids, positions, slots, starts, context_lens, block_tables, draw_tokens,
+                        pooled_rows, embeddings);
+  Model::Result result{};
+  {
+    const py::gil_scoped_release release;
+    result = model.step(checked.input, [](int) {});
+  }
+  const Network& network = model.network();
+  // Views of the model's memory, good until the next step.
+  return py::make_tuple(
+      py::array_t<float>({py::ssize_t{checked.input.draws}, py::ssize_t{network.vocab}}, result.logits, self),
+      py::array_t<float>({py::ssize_t{checked.input.pooled}, py::ssize_t{network.hidden}}, result.pooled));
+}
+
+void check_block(Model& model, Int32 block) {
+  if (block < 0 || block >= model.kv().blocks()) fail("block " + std::to_string(block) + " is outside the cache");
+}
+
+void copy_blocks(Model& model, const std::vector<std::pair<Int32, Int32>>& pairs) {
+  for (const auto& [source, target] : pairs) {
+    check_block(model, source);
+    check_block(model, target);
+    model.kv().copy_block(source, target);
+  }
+}
+
+py::bytes export_blocks(Model& model, const std::vector<Int32>& blocks) {
+  std::string data(blocks.size() * model.kv().block_bytes(), '\0');
+  for (std::size_t i = 0; i < blocks.size(); ++i) {
+    check_block(model, blocks[i]);
+    model.kv().read_block(blocks[i], reinterpret_cast<std::byte*>(data.data()) + i * model.kv().block_bytes());
+  }
+  return {data};
+}
+
+void import_blocks(Model& model, const std::vector<Int32>& blocks, const py::bytes& data) {
+  const auto view = static_cast<std::string_view>(data);
+  const std::size_t expected = blocks.size() * model.kv().block_bytes();
+  if (view.size() != expected) {
+    fail(std::to_string(blocks.size()) + " blocks take " + std::to_string(expected) + " bytes, not " +
+         std::to_string(view.size()));
+  }
+  for (const Int32 block : blocks) check_block(model, block);
+  for (std::size_t i = 0; i < blocks.size(); ++i) {
+    model.kv().write_block(blocks[i], reinterpret_cast<const std::byte*>(view.data()) + i * model.kv().block_bytes());
+  }
+}
+
+// Packs on the pool without the GIL; a number that is not finite is a ValueError that the caller gives a name.
+template <typename Pack>
+auto pack(const std::vector<Source>& sources, Pack&& pack_tensors) {
+  std::vector<py::buffer_info> views;
+  const std::vector<Tensor> tensors = tensors_of(sources, views);
+  const py::gil_scoped_release release;
+  return pack_tensors(tensors);
+}
+
+void bind_weights(py::module_& module) {
+  py::class_<Pool, std::shared_ptr<Pool>>(module, "Pool", "The threads that compute steps, one step at a time.")
+      .def(py::init<int, int>(), py::arg("threads"), py::arg("first_core") = 0)
+      .def_property_readonly("size", &Pool::size);
+  py::class_<Vector>(module, "Vector");
+  py::class_<Matrix>(module, "Matrix");
+  py::class_<Table>(module, "Table").def(py::init<>());
+  py::class_<Weights>(module, "Weights", "Memory of packed tensors.")
+      .def(py::init([](std::size_t bytes, Pool& pool) { return Weights(bytes, pool, current_isa()); }),
+           py::arg("bytes"), py::arg("pool"), py::keep_alive<1, 3>())
+      .def_static(
+          "packed",
+          [](const std::string& width, Int32 group, Int32 n, Int32 k) {
+            check_shape(width_of(width), n, k, group);
+            return Weights::packed({width_of(width), group}, n, k);
+          },
+          py::arg("width"), py::arg("group"), py::arg("n"), py::arg("k"), "Bytes of a packed matrix [n, k].")
+      .def(
+          "pack",
+          [](Weights& self, const std::vector<Source>& sources, bool interleaved, const std::string& width,
+             Int32 group) {
+            const Order order = interleaved ? Order::interleaved : Order::joined;
+            return pack(sources, [&](const std::vector<Tensor>& tensors) {
+              return Matrix{self.pack(tensors, order, {width_of(width), group})};
+            });
+          },
+          py::arg("sources"), py::arg("interleaved"), py::arg("width"), py::arg("group"))
+      .def(
+          "vector",
+          [](Weights& self, const std::vector<Source>& sources, bool interleaved) {
+            const Order order = interleaved ? Order::interleaved : Order::joined;
+            return pack(sources,
+                        [&](const std::vector<Tensor>& tensors) { return Vector{self.vector(tensors, order)}; });
+          },
+          py::arg("sources"), py::arg("interleaved") = false)
+      .def("table", [](Weights& self, const Source& source) {
+        return pack({source}, [&](const std::vector<Tensor>& tensors) { return self.table(tensors[0]); });
+      });
+}
+
+void bind_network(py::module_& module) {
+  py::class_<Norm>(module, "Norm")
+      .def(py::init<>())
+      .def(py::init([](bool layer, float eps, const Vector& weight, const Vector* bias) {
+             return Norm{layer, eps, weight.data, bias == nullptr ? nullptr : bias->data};
+           }),
+           py::arg("layer"), py::arg("eps"), py::arg("weight"), py::arg("bias"));
+  py::class_<Linear>(module, "Linear")
+      .def(py::init([](const Matrix& weight, const Vector* bias) {
+             return Linear{weight.packed, bias == nullptr ? nullptr : bias->data};
+           }),
+           py::arg("weight"), py::arg("bias"));
+  py::class_<Rotary>(module, "Rotary")
+      .def(py::init([](Int32 dim, float factor, const Vector& frequencies) {
+             return Rotary{dim, factor, frequencies.data};
+           }),
+           py::arg("dim"), py::arg("factor"), py::arg("frequencies"));
+  py::class_<Layer>(module, "Layer")
+      .def(py::init<>())
+      .def_readwrite("post_norm", &Layer::post_norm)
+      .def_readwrite("attention_norm", &Layer::attention_norm)
+      .def_readwrite("mlp_norm", &Layer::mlp_norm)
+      .def_readwrite("q_norm", &Layer::q_norm)
+      .def_readwrite("k_norm", &Layer::k_norm)
+      .def_readwrite("heads", &Layer::heads)
+      .def_readwrite("kv_heads", &Layer::kv_heads)
+      .def_readwrite("head_dim", &Layer::head_dim)
+      .def_readwrite("scale", &Layer::scale)
+      .def_readwrite("rotary", &Layer::rotary)
+      .def_readwrite("causal", &Layer::causal)
+      .def_readwrite("window", &Layer::window)
+      .def_readwrite("qkv", &Layer::qkv)
+      .def_readwrite("o", &Layer::o)
+      .def_readwrite("gated", &Layer::gated)
+      .def_property(
+          "activation", [](const Layer& layer) { return static_cast<int>(layer.activation); },
+          [](Layer& layer, const std::string& text) { layer.activation = activation_of(text); })
+      .def_readwrite("mlp_size", &Layer::mlp_size)
+      .def_readwrite("up", &Layer::up)
+      .def_readwrite("down", &Layer::down);
+  py::class_<Network>(module, "Network")
+      .def(py::init<>())
+      .def_readwrite("vocab", &Network::vocab)
+      .def_readwrite("hidden", &Network::hidden)
+      .def_readwrite("embedding", &Network::embedding)
+      .def_readwrite("positions", &Network::positions)
+      .def_readwrite("position_offset", &Network::position_offset)
+      .def_readwrite("token_types", &Network::token_types)
+      .def_readwrite("embedding_norm", &Network::embedding_norm)
+      .def_readwrite("final_norm", &Network::final_norm)
+      .def_readwrite("rotaries", &Network::rotaries)
+      .def_readwrite("layers", &Network::layers)
+      .def_property(
+          "head", [](const Network& network) { return Matrix{network.head}; },
+          [](Network& network, const Matrix& matrix) { network.head = matrix.packed; })
+      .def_property(
+          "pooling", [](const Network& network) { return static_cast<int>(network.pooling); },
+          [](Network& network, const std::string& text) {
+            network.pooling =
+                named<Pooling>(text, {{"last", Pooling::last}, {"mean", Pooling::mean}, {"cls", Pooling::first}});
+          })
+      .def_readwrite("normalize", &Network::normalize);
+}
+
+}  // namespace
+
+void bind_model(py::module_& module) {
+  bind_weights(module);
+  bind_network(module);
+  module.attr("BLOCK_TOKENS") = kBlockTokens;
+  module.def("available_cores", &available_cores, "Cores that this process may use, or fewer under a CPU quota.");
+  py::class_<Model>(module, "Model", "A loaded model.")
+      .def(py::init([](Network network, Weights& weights, const std::string& kv_type, Int32 kv_blocks,
+                       std::shared_ptr<Pool> pool) {
+             return std::make_unique<Model>(std::move(network), std::make_unique<Weights>(std::move(weights)),
+                                            kv_type_of(kv_type), kv_blocks, std::move(pool), current_isa());
+           }),
+           py::arg("network"), py::arg("weights"), py::arg("kv_type"), py::arg("kv_blocks"), py::arg("pool"),
+           "Takes the memory of `weights` over.")
+      .def("step", &step)
+      .def_property_readonly("progress", &Model::progress)
+      .def_property_readonly("weight_bytes", &Model::weight_bytes)
+      .def_property_readonly("block_bytes", [](Model& model) { return model.kv().block_bytes(); })
+      .def("copy_blocks", &copy_blocks)
+      .def("export_blocks", &export_blocks)
+      .def("import_blocks", &import_blocks);
+  module.def(
+      "kv_block_bytes",
+      [](const std::string& type, Int32 kv_heads, Int32 head_dim) {
+        return 2 * kv_block_bytes(kv_type_of(type), kv_heads, head_dim) + kv_scale_bytes(kv_type_of(type), kv_heads);
+      },
+      py::arg("type"), py::arg("kv_heads"), py::arg("head_dim"), "Bytes of one block of one layer.");
+}
 
 }  // namespace millrace::bindings

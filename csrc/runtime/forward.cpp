@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "millrace/rows.h"
+#include "runtime/weights.h"
 
 namespace millrace {
 namespace {
@@ -91,7 +92,13 @@ void Forward::embed_token(std::int32_t token) {
     const std::size_t bytes = stored_bytes(table.stored) * static_cast<std::size_t>(n_.hidden);
     embed_row(table.data + static_cast<std::size_t>(index) * bytes, table.stored, n_.hidden, accumulate, row, isa_);
   };
-  if (n_.embedding.data == nullptr) {
+  const float* given = nullptr;
+  for (std::int32_t i = 0; i < in_.embedded; ++i) {
+    if (in_.embedded_tokens[i] == token) given = in_.embeddings + std::int64_t{i} * n_.hidden;
+  }
+  if (given != nullptr) {
+    std::copy_n(given, n_.hidden, row);
+  } else if (n_.embedding.data == nullptr) {
     unpack_channel(n_.head, in_.token_ids[token], row, isa_);
   } else {
     add(n_.embedding, in_.token_ids[token], false);

@@ -27,6 +27,9 @@ struct StepInput {
   const std::int32_t* draw_tokens;
   std::int32_t pooled;  // P rows whose vector is wanted
   const std::int32_t* pooled_rows;
+  std::int32_t embedded;  // E tokens that come as vectors instead of ids
+  const std::int32_t* embedded_tokens;
+  const float* embeddings;  // [E][hidden]
 };
 
 // Memory of steps of up to `tokens` tokens and `draws` draws. Everything that a step reads it has written before,

@@ -7,11 +7,14 @@ from pathlib import Path
 
 from millrace.kernels import _C
 from millrace.server.config import EngineConfig
-from millrace.server.errors import MissingDependency
+from millrace.server.errors import MissingDependency, NotEnoughMemory
 from millrace.server.model.checkpoint import Checkpoint, checkpoint_digest
 from millrace.server.model.embedder import embedder_info
 from millrace.server.model.executors.base import Executor, KVLayout
-from millrace.server.model.executors.plan import make_plan, plan_encoder
+from millrace.server.model.executors.cpu import CpuExecutor, thread_pool
+from millrace.server.model.executors.cpu_weights import stored_bytes
+from millrace.server.model.executors.plan import make_plan, plan_encoder, uses_cpu
+from millrace.server.model.executors.precision import ENCODER_PRECISION, Precision, make_precision
 from millrace.server.model.hub import locate
 from millrace.server.model.spec import ModelSpec
 from millrace.server.model.weights import Found, Progress, find_weights, stream_weights
@@ -41,10 +44,14 @@ def create_executor(config: EngineConfig, progress: Progress) -> LoadedModel:
     """
     config = locate(config)
     checkpoint = Checkpoint.open(config.checkpoint)
-    weights = find_weights(checkpoint)
-    plan = make_plan(config, checkpoint.spec)
-    executor, library = _reference_executor(config, checkpoint, weights, plan.layout, progress)
-    build = (f"kernels {_C.isa()}", library)
+    found = find_weights(checkpoint)
+    plan = make_plan(config, checkpoint.spec, stored_bytes(found))
+    if uses_cpu(config):
+        executor = _cpu_executor(config, checkpoint.spec, found, make_precision(config), plan.layout, progress)
+        build: tuple[str, ...] = (f"kernels {_C.isa()}",)
+    else:
+        executor, library = _reference_executor(config, checkpoint.spec, found, plan.layout, progress)
+        build = (f"kernels {_C.isa()}", library)
     info = BackendInfo(
         fingerprint=checkpoint.fingerprint(plan.executor, plan.dtype, build),
         executor=plan.executor,
@@ -68,15 +75,30 @@ def create_embedder(config: EngineConfig, directory: Path, progress: Progress) -
     that cache knows what is left.
     """
     checkpoint = Checkpoint.open_encoder(directory)
-    weights = find_weights(checkpoint)
-    layout = plan_encoder(checkpoint.spec)
+    found = find_weights(checkpoint)
+    layout = plan_encoder(config, checkpoint.spec, stored_bytes(found))
     info = embedder_info(directory)
-    executor, _ = _reference_executor(config, checkpoint, weights, layout, progress)
-    return LoadedEmbedder(executor, info)
+    if uses_cpu(config):
+        return LoadedEmbedder(_cpu_executor(config, checkpoint.spec, found, ENCODER_PRECISION, layout, progress), info)
+    return LoadedEmbedder(_reference_executor(config, checkpoint.spec, found, layout, progress)[0], info)
+
+
+def _cpu_executor(
+    config: EngineConfig,
+    spec: ModelSpec,
+    found: Sequence[Found],
+    precision: Precision,
+    layout: KVLayout,
+    progress: Progress,
+) -> Executor:
+    try:
+        return CpuExecutor(spec, found, precision, layout, thread_pool(config.num_threads), progress)
+    except MemoryError as error:
+        raise NotEnoughMemory(f"{error}: free some memory, or serve a smaller --model") from None
 
 
 def _reference_executor(
-    config: EngineConfig, checkpoint: Checkpoint, weights: Sequence[Found], layout: KVLayout, progress: Progress
+    config: EngineConfig, spec: ModelSpec, found: Sequence[Found], layout: KVLayout, progress: Progress
 ) -> tuple[Executor, str]:
     """Also names the library, with what in it decides the last bits."""
     # Threads that wait for each other by spinning stand still for whole time slices on a busy machine.
@@ -89,5 +111,5 @@ def _reference_executor(
 
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    executor = ReferenceExecutor(checkpoint.spec, stream_weights(weights, progress), layout)
+    executor = ReferenceExecutor(spec, stream_weights(found, progress), layout)
     return executor, f"torch {torch.__version__} {torch.backends.cpu.get_cpu_capability()}"

@@ -1,6 +1,6 @@
 """The executor that defines the others: float32 PyTorch, clear before fast, steps run when they are submitted."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 
 import numpy as np
@@ -9,10 +9,11 @@ from torch import Tensor
 
 from millrace.kernels.sampling import SampleResult, sample
 from millrace.server.errors import FeatureUnsupported
-from millrace.server.model.executors.base import Batch, Float32, Int32, KVLayout, Output, StepResult, Ticket
+from millrace.server.model.executors.base import Batch, Float32, KVLayout, Output, StepResult, Ticket
 from millrace.server.model.executors.draws import Draws, accept_draws, plan_draws
 from millrace.server.model.executors.reference_model import ReferenceModel
 from millrace.server.model.executors.texts import check_texts
+from millrace.server.model.executors.tickets import Tickets, check_runnable, checked_vectors
 from millrace.server.model.spec import ModelSpec, Weight
 
 NO_DRAWS = SampleResult(
@@ -31,8 +32,7 @@ class ReferenceExecutor:
     def __init__(self, spec: ModelSpec, weights: Iterable[tuple[Weight, Float32]], layout: KVLayout):
         self.model = ReferenceModel(spec, weights, layout)
         self._layout = layout
-        self._results: dict[Ticket, StepResult] = {}
-        self._last_ticket: Ticket = 0
+        self._tickets = Tickets()
 
     @property
     def kv_layout(self) -> KVLayout:
@@ -44,11 +44,8 @@ class ReferenceExecutor:
 
     @torch.inference_mode()
     def submit(self, batch: Batch) -> Ticket:
-        token_ids, errors = self._fill_placeholders(batch)
-        if (batch.adapters >= 0).any():
-            raise ValueError("a row names an adapter; none was loaded")
-        if not all(mask.is_ready for mask in batch.masks):
-            raise ValueError("a token mask is not ready; this executor draws at submission")
+        token_ids, errors = self._tickets.fill_placeholders(batch)
+        check_runnable(batch)
         if not self.model.spec.causal:
             check_texts(batch, self.model.spec.context)
         hidden = self.model.forward(batch, torch.from_numpy(token_ids).long().clamp(min=0))
@@ -56,14 +53,10 @@ class ReferenceExecutor:
         draws = plan_draws(batch, token_ids)
         sampled = self._draw(draws, hidden) if len(draws.tokens) else NO_DRAWS
         result = accept_draws(batch, draws, sampled, pooled, errors)
-        self._last_ticket += 1
-        self._results[self._last_ticket] = result
-        return self._last_ticket
+        return self._tickets.keep(result)
 
     def collect(self, ticket: Ticket) -> StepResult:
-        if ticket != next(iter(self._results), None):
-            raise ValueError(f"ticket {ticket} is not the oldest one to collect")
-        return self._results.pop(ticket)
+        return self._tickets.take(ticket)
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         for source, target in pairs:
@@ -93,40 +86,18 @@ class ReferenceExecutor:
 
     def close(self) -> None:
         self.model.release()
-        self._results.clear()
+        self._tickets.clear()
 
     def _blocks(self) -> Iterable[Tensor]:
         """Each layer's cache as [2, blocks, block size, kv heads, head dim]."""
         size = self._layout.block_size
         return (cache.view(2, -1, size, *cache.shape[2:]) for cache in self.model.cache)
 
-    def _fill_placeholders(self, batch: Batch) -> tuple[Int32, dict[int, str]]:
-        """Token ids with every placeholder filled in, and the rows that cannot go on."""
-        token_ids, errors = batch.token_ids.copy(), {}
-        for placeholder in batch.placeholders:
-            result = self._results.get(placeholder.ticket)
-            if result is None:
-                raise ValueError(f"a placeholder names ticket {placeholder.ticket}, which does not wait")
-            begin, end = result.offsets[placeholder.row : placeholder.row + 2]
-            if begin < end:
-                token_ids[placeholder.index] = result.token_ids[end - 1]
-            else:
-                token_ids[placeholder.index] = 0  # any token: the row's result is dropped
-                row = int(np.searchsorted(batch.offsets, placeholder.index, "right")) - 1
-                errors[row] = result.errors.get(placeholder.row, "the row that it continues sampled nothing")
-        return token_ids, errors
-
-    def _pool(self, batch: Batch, hidden: Tensor, errors: dict[int, str]) -> dict[int, Float32]:
+    def _pool(self, batch: Batch, hidden: Tensor, errors: dict[int, str]) -> Mapping[int, Float32]:
         """One vector of each POOLED row; rows with a NaN go to `errors`."""
-        pooled = {}
-        for row in np.flatnonzero(batch.outputs == Output.POOLED):
-            begin, end = batch.offsets[row : row + 2].tolist()
-            vector = self.model.pool(hidden[begin:end])
-            if vector.isfinite().all():
-                pooled[int(row)] = vector.numpy()
-            else:
-                errors.setdefault(int(row), "the model computed a hidden state that is not finite")
-        return pooled
+        rows = np.flatnonzero(batch.outputs == Output.POOLED).tolist()
+        spans = [slice(*batch.offsets[row : row + 2].tolist()) for row in rows]
+        return checked_vectors(rows, [self.model.pool(hidden[span]).numpy() for span in spans], errors)
 
     def _draw(self, draws: Draws, hidden: Tensor) -> SampleResult:
         logits = self.model.logits(hidden[torch.from_numpy(draws.tokens).long()])

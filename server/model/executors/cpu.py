@@ -1,0 +1,116 @@
+"""The executor of CPUs: the native runtime in csrc/runtime. No PyTorch anywhere in it.
+
+A step is computed inside `submit`, by the threads of one pool that all models of the process share.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from functools import cache
+
+import numpy as np
+
+from millrace.kernels import _C
+from millrace.kernels.sampling import SampleResult, sample
+from millrace.server.errors import FeatureUnsupported
+from millrace.server.model.executors.base import Batch, Float32, Int32, KVLayout, Output, StepResult, Ticket
+from millrace.server.model.executors.cpu_weights import Loader, packed_bytes, stored_bytes
+from millrace.server.model.executors.draws import Draws, accept_draws, plan_draws
+from millrace.server.model.executors.precision import Precision
+from millrace.server.model.executors.texts import check_texts
+from millrace.server.model.executors.tickets import Tickets, check_runnable, checked_vectors
+from millrace.server.model.spec import ModelSpec
+from millrace.server.model.weights import Found, Progress
+
+NOTHING = np.empty(0, np.int32)
+
+
+@cache
+def thread_pool(threads: int | None) -> _C.Pool:
+    """One for all models of the process: their steps take turns. None: a thread for each core there is."""
+    return _C.Pool(threads or _C.available_cores())
+
+
+class CpuExecutor:
+    """Implements `Executor`."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        found: Sequence[Found],
+        precision: Precision,
+        layout: KVLayout,
+        pool: _C.Pool,
+        progress: Progress,
+    ):
+        """Raises CheckpointError, and MemoryError where the system has not the memory that was planned."""
+        weights = _C.Weights(packed_bytes(spec, precision, stored_bytes(found)), pool)
+        network = Loader(found, weights, progress).network(spec, precision)
+        self.spec = spec
+        self._model: _C.Model | None = _C.Model(network, weights, precision.kv, layout.num_blocks, pool)
+        self._layout = layout
+        self._tickets = Tickets()
+
+    @property
+    def kv_layout(self) -> KVLayout:
+        return self._layout
+
+    @property
+    def progress(self) -> int:
+        return 0 if self._model is None else self._model.progress
+
+    def submit(self, batch: Batch) -> Ticket:
+        token_ids, errors = self._tickets.fill_placeholders(batch)
+        check_runnable(batch)
+        if not self.spec.causal:
+            check_texts(batch, self.spec.context)
+        draws = plan_draws(batch, token_ids)
+        rows = np.flatnonzero(batch.outputs == Output.POOLED).astype(np.int32)
+        logits, vectors = self.forward(batch, token_ids, draws.tokens, rows)
+        sampled = _draw(draws, logits)
+        pooled = checked_vectors(rows.tolist(), vectors, errors)
+        return self._tickets.keep(accept_draws(batch, draws, sampled, pooled, errors))
+
+    def forward(self, batch: Batch, token_ids: Int32, draw_tokens: Int32, pooled: Int32) -> tuple[Float32, Float32]:
+        """Run the layers. Logits [D, vocabulary] of the tokens with these indices, good until the next step; vectors [P, hidden]."""
+        return self._running.step(
+            token_ids, batch.positions, batch.slots, batch.offsets, batch.context_lens, batch.block_tables,
+            draw_tokens, pooled, _embeddings(batch.embeddings),
+        )  # fmt: skip
+
+    def collect(self, ticket: Ticket) -> StepResult:
+        return self._tickets.take(ticket)
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        self._running.copy_blocks(pairs)
+
+    def export_blocks(self, blocks: Sequence[int]) -> bytes:
+        """Block after block, in each layer after layer: keys, values, scales."""
+        return self._running.export_blocks(blocks)
+
+    def import_blocks(self, blocks: Sequence[int], data: bytes) -> None:
+        self._running.import_blocks(blocks, data)
+
+    def load_adapter(self, path: str) -> int:
+        raise FeatureUnsupported("the cpu executor runs no adapters")
+
+    def close(self) -> None:
+        self._model = None
+        self._tickets.clear()
+
+    @property
+    def _running(self) -> _C.Model:
+        if self._model is None:
+            raise ValueError("the executor is closed")
+        return self._model
+
+
+def _embeddings(embeddings: Mapping[int, Float32]) -> tuple[Int32, Float32]:
+    """Indices [E] and vectors [E, hidden] of tokens that come as embeddings."""
+    if not embeddings:
+        return NOTHING, np.empty((0, 0), np.float32)
+    return np.fromiter(embeddings, np.int32), np.ascontiguousarray(np.stack(list(embeddings.values())), np.float32)
+
+
+def _draw(draws: Draws, logits: Float32) -> SampleResult:
+    columns = {field.name: getattr(draws.sampling, field.name) for field in fields(draws.sampling)}
+    return sample(logits, **columns, masks=draws.masks)
