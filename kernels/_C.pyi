@@ -1,7 +1,10 @@
 from collections.abc import Sequence
+from typing import overload
+
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import Buffer
 
 def isa() -> str: ...
 def available_isas() -> list[str]: ...
@@ -29,3 +32,101 @@ def sample(
 ) -> tuple[
     NDArray[np.int32], NDArray[np.float32], NDArray[np.int32], NDArray[np.int32], NDArray[np.float32], NDArray[np.int32]
 ]: ...
+
+BLOCK_TOKENS: int
+
+Source = tuple[Buffer, str, int, int]
+
+def available_cores() -> int: ...
+def kv_block_bytes(type: str, kv_heads: int, head_dim: int) -> int: ...
+
+class Pool:
+    def __init__(self, threads: int, first_core: int = 0) -> None: ...
+    @property
+    def size(self) -> int: ...
+
+class Vector: ...
+class Matrix: ...
+
+class Table:
+    def __init__(self) -> None: ...
+
+class Weights:
+    def __init__(self, bytes: int, pool: Pool) -> None: ...
+    @staticmethod
+    def packed(width: str, group: int, n: int, k: int) -> int: ...
+    def pack(self, sources: Sequence[Source], interleaved: bool, width: str, group: int) -> Matrix: ...
+    def vector(self, sources: Sequence[Source], interleaved: bool = False) -> Vector: ...
+    def table(self, source: Source) -> Table: ...
+
+class Norm:
+    @overload
+    def __init__(self) -> None: ...
+    @overload
+    def __init__(self, layer: bool, eps: float, weight: Vector, bias: Vector | None) -> None: ...
+
+class Linear:
+    def __init__(self, weight: Matrix, bias: Vector | None) -> None: ...
+
+class Rotary:
+    def __init__(self, dim: int, factor: float, frequencies: Vector) -> None: ...
+
+class Layer:
+    post_norm: bool
+    attention_norm: Norm
+    mlp_norm: Norm
+    q_norm: Norm
+    k_norm: Norm
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    rotary: int
+    causal: bool
+    window: int
+    qkv: Linear
+    o: Linear
+    gated: bool
+    activation: str
+    mlp_size: int
+    up: Linear
+    down: Linear
+
+class Network:
+    vocab: int
+    hidden: int
+    embedding: Table
+    positions: Table
+    position_offset: int
+    token_types: Table
+    embedding_norm: Norm
+    final_norm: Norm
+    rotaries: list[Rotary]
+    layers: list[Layer]
+    head: Matrix
+    pooling: str
+    normalize: bool
+
+class Model:
+    def __init__(self, network: Network, weights: Weights, kv_type: str, kv_blocks: int, pool: Pool) -> None: ...
+    def step(
+        self,
+        token_ids: NDArray[np.int32],
+        positions: NDArray[np.int32],
+        slots: NDArray[np.int32],
+        offsets: NDArray[np.int32],
+        context_lens: NDArray[np.int32],
+        block_tables: NDArray[np.int32],
+        draw_tokens: NDArray[np.int32],
+        pooled_rows: NDArray[np.int32],
+        embeddings: tuple[NDArray[np.int32], NDArray[np.float32]],
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]: ...
+    @property
+    def progress(self) -> int: ...
+    @property
+    def weight_bytes(self) -> int: ...
+    @property
+    def block_bytes(self) -> int: ...
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None: ...
+    def export_blocks(self, blocks: Sequence[int]) -> bytes: ...
+    def import_blocks(self, blocks: Sequence[int], data: bytes) -> None: ...

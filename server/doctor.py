@@ -26,6 +26,7 @@ from millrace.server.config import COMPONENTS, Settings
 from millrace.server.errors import ConfigError, MissingDependency, StartupError
 from millrace.server.gateway.auth import KeyStore
 from millrace.server.model.checkpoint import Checkpoint
+from millrace.server.model.executors.cpu_weights import stored_bytes
 from millrace.server.model.executors.plan import make_plan
 from millrace.server.model.hub import locate
 from millrace.server.model.memory import available_memory
@@ -140,6 +141,8 @@ def _pytorch(settings: Settings) -> str:
     if settings.supervisor.worker:
         return ELSEWHERE
     if find_spec("torch") is None:
+        if settings.engine.executor != "reference":
+            return "not installed; only --executor reference needs it"
         raise MissingDependency("the reference executor needs PyTorch: pip install torch==2.13.0")
     return version("torch")
 
@@ -160,8 +163,7 @@ def _model(settings: Settings) -> str:
         return f"{card.name}, context of {context} tokens; the worker has the weights"
     config = settings.engine
     checkpoint = Checkpoint.open(locate(config).checkpoint)
-    find_weights(checkpoint)
-    plan = make_plan(config, checkpoint.spec)
+    plan = make_plan(config, checkpoint.spec, stored_bytes(find_weights(checkpoint)))
     layout = plan.layout
     return (
         f"{checkpoint.spec.architecture}, {checkpoint.spec.parameters:,} parameters; executor {plan.executor}, "

@@ -72,12 +72,12 @@ def checkpoint(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.Te
 
 @pytest.fixture(scope="session")
 def load(checkpoint: Callable[[str], Path]) -> Callable[..., LoadedModel]:
-    """`load(name, **settings)`: a fresh executor with 128 blocks of 16."""
+    """`load(name, **settings)`: a fresh executor, the reference with 128 blocks of 16 unless settings say otherwise."""
 
-    def load(name: str, **settings: Any) -> LoadedModel:
+    def load(name: str, executor: str = "reference", **settings: Any) -> LoadedModel:
         directory = str(checkpoint(name))
-        probe = EngineConfig(model=directory, max_num_seqs=4, **settings)
-        return create_executor(probe, lambda done, total: None)
+        config = EngineConfig(model=directory, max_num_seqs=4, executor=executor, **settings)
+        return create_executor(config, lambda done, total: None)
 
     return load
 

@@ -214,7 +214,7 @@ def test_nan_fails_its_row_only(bert: Executor) -> None:
 
 def test_loading_counts_bytes(encoder: Callable[[str], Path]) -> None:
     seen: list[tuple[int, int]] = []
-    create_embedder(EngineConfig(), encoder("bert"), lambda *counts: seen.append(counts))
+    create_embedder(EngineConfig(executor="reference"), encoder("bert"), lambda *counts: seen.append(counts))
     total = Checkpoint.open_encoder(encoder("bert")).spec.parameters * 4
     assert seen[-1] == (total, total)
 
@@ -222,10 +222,10 @@ def test_loading_counts_bytes(encoder: Callable[[str], Path]) -> None:
 def test_memory_is_checked_before_it_is_taken(encoder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     spec = Checkpoint.open_encoder(encoder("bert")).spec
     assert spec.kv_floats_per_token == 0
-    assert plan_encoder(spec, 1 << 30).num_blocks == 0
+    assert plan_encoder(EngineConfig(executor="reference"), spec, {}, 1 << 30).num_blocks == 0
     monkeypatch.setattr(plan, "available_memory", lambda: 1 << 20)
     with pytest.raises(NotEnoughMemory, match=r"BertModel take \d+MiB, 1MiB are free.*--embedding-model"):
-        create_embedder(EngineConfig(), encoder("bert"), lambda done, total: pytest.fail("something was read"))
+        create_embedder(EngineConfig(executor="reference"), encoder("bert"), lambda done, total: pytest.fail("something was read"))
 
 
 def test_fingerprint_of_an_encoder(encoder: Callable[[str], Path]) -> None:

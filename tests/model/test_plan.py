@@ -22,7 +22,9 @@ MIB, GIB = 1 << 20, 1 << 30
 def plan(checkpoint: Callable[[str], Path]) -> Callable[..., Plan]:
     """512 positions, 3 layers of 2 x 2 x 12 numbers: 9216 bytes to a block of 16 tokens."""
     spec = Checkpoint.open(checkpoint("llama")).spec
-    return lambda available=8 * GIB, **settings: make_plan(EngineConfig(**settings), spec, available)
+    return lambda available=8 * GIB, **settings: make_plan(
+        EngineConfig(executor="reference", **settings), spec, {}, available
+    )
 
 
 def test_defaults(plan: Callable[..., Plan]) -> None:
@@ -113,7 +115,9 @@ def test_available_memory_of_this_machine() -> None:
 
 def test_created_model_tells_what_it_is(checkpoint: Callable[[str], Path]) -> None:
     seen: list[tuple[int, int]] = []
-    config = EngineConfig(model=str(checkpoint("qwen3")), max_num_seqs=3, max_num_batched_tokens=77, num_threads=1)
+    config = EngineConfig(
+        model=str(checkpoint("qwen3")), executor="reference", max_num_seqs=3, max_num_batched_tokens=77, num_threads=1
+    )
     loaded = create_executor(config, lambda *counts: seen.append(counts))
     info = loaded.info
     assert (info.architecture, info.executor, info.vocab_size) == ("Qwen3ForCausalLM", "reference", 384)
@@ -136,4 +140,4 @@ def test_without_pytorch_the_install_command_is_named(
 
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(MissingDependency, match=re.escape("pip install torch==2.13.0")):
-        create_executor(EngineConfig(model=str(checkpoint("llama"))), lambda done, total: None)
+        create_executor(EngineConfig(model=str(checkpoint("llama")), executor="reference"), lambda done, total: None)
