@@ -8,9 +8,9 @@ namespace millrace {
 namespace {
 
 // e^x by range reduction to |r| <= ln 2 / 2 and a polynomial of degree 6 (Cody and Waite's reduction; coefficients of
-// Cephes expf). Within 2 units in the last place on [-87, 88]; below -87 it is 0.
+// Cephes expf). Within 2 units in the last place on [-87, 88.7]; 0 below, infinity above; NaN of NaN.
 inline F32 exp(F32 x) {
-  const F32 bounded = min(x, fill(88.0F));
+  const F32 bounded = min(fill(89.0F), x);
   const F32 n = round(bounded * fill(1.44269504F));
   F32 r = fma(n, fill(-0.693359375F), bounded);
   r = fma(n, fill(2.12194440e-4F), r);
@@ -24,9 +24,20 @@ inline F32 exp(F32 x) {
   return where_less(x, fill(-87.0F), zero(), scale_by_power(near, max(n, fill(-126.0F))));
 }
 
-inline F32 silu(F32 x) { return x / (fill(1.0F) + exp(zero() - x)); }
+// x / (1 + e^-y).
+inline F32 gate(F32 x, F32 y) { return x / (fill(1.0F) + exp(zero() - y)); }
 
-inline F32 tanh(F32 x) { return fill(1.0F) - fill(2.0F) / (fill(1.0F) + exp(x + x)); }
+// x is bounded where the result is 0 already, so that -infinity gives the limit.
+inline F32 silu(F32 x) {
+  const F32 bounded = max(fill(-100.0F), x);
+  return gate(bounded, bounded);
+}
+
+// (1 + tanh(u)) / 2 = 1 / (1 + e^-2u), which loses nothing where tanh is near -1.
+inline F32 gelu_tanh(F32 x) {
+  const F32 bounded = max(fill(-20.0F), x);
+  return gate(bounded, fill(1.595769122F) * fma(fill(0.044715F) * bounded * bounded, bounded, bounded));
+}
 
 // Abramowitz and Stegun 7.1.26: within 1.5e-7.
 inline F32 erf(F32 x) {
@@ -48,9 +59,9 @@ inline F32 activate(Activation activation, F32 x) {
     case Activation::gelu:
       return fill(0.5F) * x * (fill(1.0F) + erf(x * fill(0.707106781F)));
     case Activation::gelu_tanh:
-      return fill(0.5F) * x * (fill(1.0F) + tanh(fill(0.797884561F) * fma(fill(0.044715F) * x * x, x, x)));
+      return gelu_tanh(x);
     case Activation::relu:
-      return max(x, zero());
+      return max(zero(), x);
     case Activation::none:
       break;
   }

@@ -1,5 +1,7 @@
 // What is done to one row at a time: norms, rotary positions, embeddings, pooling. kernels/reference/rows.py is the
-// definition. Reductions have a fixed order for each instruction set. Rows are float32 unless said otherwise.
+// definition. Every reduction has one order, whatever the instruction set: results are equal on all of them, bit for
+// bit. Rows are float32 unless said otherwise, of any length from 1 and any alignment. Isa::baseline has no kernels:
+// std::invalid_argument.
 #pragma once
 
 #include <cstdint>
@@ -9,14 +11,17 @@
 
 namespace millrace {
 
-// out = weight * x / sqrt(mean(x^2) + eps) (Zhang and Sennrich 2019, arXiv:1910.07467). out may be x.
+// out = weight * x / sqrt(mean(x^2) + eps) (Zhang and Sennrich 2019, arXiv:1910.07467). out may be x. eps > 0; the sum
+// of the squares must fit float32.
 void rms_norm(const float* x, const float* weight, float eps, std::int32_t size, float* out, Isa isa);
 
-// out = weight * (x - mean) / sqrt(variance + eps) + bias (Ba et al. 2016, arXiv:1607.06450). out may be x.
+// out = weight * (x - mean) / sqrt(variance + eps) + bias (Ba et al. 2016, arXiv:1607.06450). out may be x. eps > 0;
+// the sum of the squares must fit float32.
 void layer_norm(const float* x, const float* weight, const float* bias, float eps, std::int32_t size, float* out,
                 Isa isa);
 
-// Cosine and sine of one position, [dim / 2] each, of the angles position * frequencies, times `factor`.
+// Cosine and sine of one position, [half] each, times `factor`, of the angles float(position) * frequencies, which are
+// rounded to float32. Within 1 unit in the last place for angles up to 2^24, and the same on every machine.
 void rotary_turns(std::int32_t position, const float* frequencies, float factor, std::int32_t half, float* cosine,
                   float* sine);
 
@@ -29,10 +34,14 @@ void embed_row(const void* row, Stored stored, std::int32_t size, bool accumulat
 // out += x, [size].
 void add_row(const float* x, std::int32_t size, float* out, Isa isa);
 
-// The mean of `rows` rows in ascending order, [size].
+// The mean of `rows` rows, at least 1, in ascending order, [size]. out overlaps none of them.
 void mean_rows(const float* x, std::int64_t stride, std::int32_t rows, std::int32_t size, float* out, Isa isa);
 
-// Divides by the Euclidean length; zeros stay zeros.
+// Divides by the Euclidean length, also where its square would not fit float32; zeros stay zeros.
 void normalize(float* x, std::int32_t size, Isa isa);
+
+// The elementary functions of the kernels, out = f(x): of activations, and e^x as attention takes it. out may be x.
+void activate_row(Activation activation, const float* x, std::int32_t size, float* out, Isa isa);
+void exp_row(const float* x, std::int32_t size, float* out, Isa isa);
 
 }  // namespace millrace
