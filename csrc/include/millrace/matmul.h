@@ -28,7 +28,7 @@ inline constexpr std::int32_t kColumns = 32;  // output channels of a block: two
 //   int8  [n/32][k/64][2 tiles][16 quads of k][16 channels][4] as w + 128    k padded to 64
 //   int4  [n/32][k/64][16 quads of k][16 channels][4], channel c in the low nibble, 16 + c in the high one
 // Padding is what multiplies to zero: w = 0; beyond n too. Scales of int8: float32 [n/32][32]. Of int4: bf16
-// [n/32][groups][32], zeros uint8 [n/32][groups][32]. Owns nothing.
+// [n/32][groups][32], zeros uint8 [n/32][groups][32], the groups being those of the padded k. Owns nothing.
 struct PackedMatrix {
   Width width;
   std::int32_t n;       // output channels
@@ -71,7 +71,7 @@ struct Activations {
   std::int32_t* sums;     // integers: [rows][groups] of data; int8 has one group
 };
 std::size_t activation_row_bytes(Width width, std::int32_t k);
-std::int32_t activation_groups(Width width, std::int32_t k, std::int32_t group);
+std::int32_t activation_groups(Width width, std::int32_t k, std::int32_t group);  // of the padded k; bf16 has none
 
 // Rounds (bf16) or quantises (integers: scale = max |x| / 127, round to nearest even; all zeros: scale 0) one row of k.
 void encode_row(const Activations& to, std::int32_t row, const float* x, Isa isa);
@@ -95,6 +95,7 @@ struct MatmulOutput {
 };
 
 // Computes rows [first_row, last_row) of blocks [first_block, last_block) on the calling thread.
+// Throws std::invalid_argument on Isa::baseline, as does encode_row: both need AVX2.
 void matmul(const PackedMatrix& weights, const Activations& x, const MatmulOutput& output, std::int32_t first_row,
             std::int32_t last_row, std::int32_t first_block, std::int32_t last_block, Isa isa);
 
