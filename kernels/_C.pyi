@@ -1,7 +1,5 @@
 from collections.abc import Sequence
-from typing import Any
-
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -151,3 +149,23 @@ class Model:
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None: ...
     def export_blocks(self, blocks: Sequence[int]) -> bytes: ...
     def import_blocks(self, blocks: Sequence[int], data: bytes) -> None: ...
+
+class PackedWeights:
+    def __init__(self, weight: NDArray[Any], width: str, group: int) -> None: ...
+    def unpack(self) -> NDArray[np.float32]: ...
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    @property
+    def blocks(self) -> int: ...
+
+def matmul(
+    *,
+    x: NDArray[Any],
+    weights: PackedWeights,
+    bias: NDArray[np.float32] | None,
+    epilogue: str,
+    activation: str,
+    out: NDArray[Any],
+    rows: tuple[int, int] | None,
+    blocks: tuple[int, int] | None,
+) -> None: ...

@@ -95,5 +95,11 @@ inline F32 load_f16(const std::uint16_t* p) {
 }
 inline F32 load_f16(const std::uint16_t* p, std::int32_t n) { return {_mm256_cvtph_ps(load_halves(p, n))}; }
 
+// Pairs of bf16 in the lanes of 32 bits: a bf16 is the upper half of a float32.
+inline I32 load_pairs(const void* p) { return {_mm256_loadu_si256(static_cast<const __m256i*>(p))}; }
+inline I32 fill_pairs(const void* p) { return {_mm256_set1_epi32(*static_cast<const std::int32_t*>(p))}; }
+inline F32 lower(I32 pairs) { return {_mm256_castsi256_ps(_mm256_slli_epi32(pairs.v, 16))}; }
+inline F32 upper(I32 pairs) { return {_mm256_castsi256_ps(_mm256_and_si256(pairs.v, _mm256_set1_epi32(-0x10000)))}; }
+
 }  // namespace
 }  // namespace millrace

@@ -78,5 +78,11 @@ inline F32 load_f16(const std::uint16_t* p, std::int32_t n) {
   return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p))};
 }
 
+// Pairs of bf16 in the lanes of 32 bits: a bf16 is the upper half of a float32.
+inline I32 load_pairs(const void* p) { return {_mm512_loadu_si512(p)}; }
+inline I32 fill_pairs(const void* p) { return {_mm512_set1_epi32(*static_cast<const std::int32_t*>(p))}; }
+inline F32 lower(I32 pairs) { return {_mm512_castsi512_ps(_mm512_slli_epi32(pairs.v, 16))}; }
+inline F32 upper(I32 pairs) { return {_mm512_castsi512_ps(_mm512_and_si512(pairs.v, _mm512_set1_epi32(-0x10000)))}; }
+
 }  // namespace
 }  // namespace millrace

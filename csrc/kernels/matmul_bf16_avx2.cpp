@@ -1,0 +1,11 @@
+#include "simd_avx2.h"
+// After the vectors.
+#include "matmul_bf16_fma.h"
+
+namespace millrace {
+
+void matmul_bf16_avx2(const PackedMatrix& weights, const Activations& x, const MatmulOutput& output, Ranges ranges) {
+  matmul_bf16<WidenedMultiply<6>>(weights, x, output, ranges);
+}
+
+}  // namespace millrace
