@@ -9,6 +9,7 @@ namespace millrace {
 enum class KVType { bf16, int8 };
 
 inline constexpr std::int32_t kBlockTokens = 32;
+inline constexpr std::int32_t kMaxHeadDim = 256;
 
 // The cache of one layer: for each block and KV head
 //   keys    [2 halves of 16 tokens][dim/2][16 tokens][2 dims]
@@ -20,7 +21,7 @@ struct KVCache {
   KVType type;
   std::int32_t blocks;
   std::int32_t kv_heads;
-  std::int32_t head_dim;  // even
+  std::int32_t head_dim;  // even, at most kMaxHeadDim
   std::byte* keys;        // [blocks][kv_heads][32 * padded dim]
   std::byte* values;      // the same
   float* scales;          // int8; else null
