@@ -18,7 +18,7 @@ from millrace.server.model.executors.precision import BF16, Packing, Precision
 from millrace.server.model.rotary import frequencies
 from millrace.server.model.safetensors import ITEM_BYTES, Tensor
 from millrace.server.model.spec import LayerSpec, ModelSpec, NormSpec, RotarySpec, Shape, Weight
-from millrace.server.model.weights import Found, Progress
+from millrace.server.model.weights import STORED, Found, Progress
 
 LINE, TURN, BLOCK = 64, 16, 32
 
@@ -189,8 +189,8 @@ class Loader:
                 else:
                     result = self._weights.table(sources[0])
             except ValueError as error:
-                names = ", ".join(weight.name for weight in weights)
-                raise CheckpointError(f"{places[0][0]}: tensor {names} {error}") from None
+                at = next((i for i, (data, dtype, *_) in enumerate(sources) if not _is_finite(data, dtype)), 0)
+                raise CheckpointError(f"{places[at][0]}: tensor {weights[at].name} {error}") from None
             finally:
                 sources.clear()
         for path, tensor in places:
@@ -204,6 +204,12 @@ class Loader:
         begin, end = (-(-tensor.begin // mmap.PAGESIZE) * mmap.PAGESIZE, tensor.end // mmap.PAGESIZE * mmap.PAGESIZE)
         if end > begin:
             self._files[path].madvise(mmap.MADV_DONTNEED, begin, end - begin)
+
+
+def _is_finite(data: memoryview, dtype: str) -> bool:
+    if dtype == "BF16":
+        return not ((np.frombuffer(data, "<u2") & 0x7F80) == 0x7F80).any()
+    return bool(np.isfinite(np.frombuffer(data, STORED[dtype])).all())
 
 
 def _rows_columns(shape: Shape) -> tuple[int, int]:
