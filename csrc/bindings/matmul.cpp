@@ -41,7 +41,7 @@ T meaning(const Word<T> (&words)[N], const char* name, const std::string& word) 
     if (word == text) return value;
     all.append(all.empty() ? "" : ", ").append(text);
   }
-  fail(std::string(name) + " must be one of " + all + ", not " + word);
+  fail(all.insert(0, " must be one of ").insert(0, name).append(", not ").append(word));
 }
 
 constexpr std::align_val_t kLine{64};

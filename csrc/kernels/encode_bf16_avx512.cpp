@@ -1,6 +1,6 @@
 #include "simd_avx512.h"
 // After the vectors.
-#include "encode_bf16.h"
+#include "encode_bf16_body.h"
 
 namespace millrace {
 

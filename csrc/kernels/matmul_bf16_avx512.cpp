@@ -1,6 +1,6 @@
 #include "simd_avx512.h"
 // After the vectors.
-#include "matmul_bf16_fma.h"
+#include "matmul_bf16_widened_body.h"
 
 namespace millrace {
 

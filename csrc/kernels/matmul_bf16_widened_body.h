@@ -1,7 +1,7 @@
 // Products of bf16 where the processor has none: both numbers of a pair are widened. simd_*.h is included before.
 #pragma once
 
-#include "matmul_bf16.h"
+#include "matmul_bf16_body.h"
 
 namespace millrace {
 namespace {
