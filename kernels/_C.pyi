@@ -3,9 +3,9 @@ from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import Buffer
 
 from millrace.kernels.attention import KVCache
-from typing_extensions import Buffer
 
 def isa() -> str: ...
 def available_isas() -> list[str]: ...

@@ -1,6 +1,7 @@
 """Attention against its definition, and against itself: however a batch is cut, a token's result has the same bits."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -140,7 +141,7 @@ def test_same_bits_however_a_row_is_cut(window: int, dtype: DType) -> None:
     case = Case(heads=6, kv_heads=2, dim=24, contexts=(700, 300, 45), dtype=dtype)
     (whole,) = case.run([(0, 0, 700)], window=window)
     for cuts in ([0, 1, 256, 257, 699, 700], [0, 33, 511, 600, 700], [*range(0, 700, 37), 700]):
-        steps = [(0, begin, end) for begin, end in zip(cuts, cuts[1:], strict=False)]
+        steps = [(0, begin, end) for begin, end in pairwise(cuts)]
         for step in steps:
             np.testing.assert_array_equal(case.run([step], window=window)[0], whole[step[1] : step[2]])
         beside = case.run([(1, 200, 300), *steps, (2, 44, 45)], window=window)[1:-1]
