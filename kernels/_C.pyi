@@ -5,8 +5,27 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Buffer
 
+from millrace.kernels.attention import KVCache
+
 def isa() -> str: ...
 def available_isas() -> list[str]: ...
+def write_kv(
+    cache: KVCache, slots: NDArray[np.int64], keys: NDArray[np.float32], values: NDArray[np.float32]
+) -> None: ...
+def attend(
+    *,
+    q: NDArray[np.float32],
+    cache: KVCache,
+    heads: int,
+    offsets: NDArray[np.int32],
+    context_lens: NDArray[np.int32],
+    block_tables: NDArray[np.int32],
+    scale: float,
+    causal: bool,
+    window: int,
+    threads: int,
+    out: NDArray[np.float32],
+) -> None: ...
 def sample(
     *,
     logits: NDArray[np.float32],

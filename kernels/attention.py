@@ -39,7 +39,7 @@ def kv_cache(blocks: int, kv_heads: int, head_dim: int, dtype: Literal["bf16", "
     if not 2 <= head_dim <= MAX_HEAD_DIM or head_dim % 2:
         raise ValueError(f"head_dim must be even and in [2, {MAX_HEAD_DIM}], not {head_dim}")
     shape = (blocks, kv_heads, BLOCK_TOKENS * (-(-head_dim // 16) * 16))
-    number = {"bf16": np.dtype(np.uint16), "int8": np.dtype(np.int8)}[dtype]
+    number: np.dtype[Any] = np.dtype(np.uint16 if dtype == "bf16" else np.int8)
     scales = (blocks, kv_heads, 2, BLOCK_TOKENS) if dtype == "int8" else (0,)
     return KVCache(head_dim, aligned(shape, number), aligned(shape, number), np.empty(scales, np.float32))
 
