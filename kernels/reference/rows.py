@@ -39,12 +39,12 @@ def rotate(x: Array, dim: int, cosine: Array, sine: Array) -> Float64:
 def widened(table: Array, stored: str) -> Float64:
     """Stored numbers; 16-bit ones as bits in uint16."""
     if stored == "bfloat16":
-        return (table.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    return (table.view(np.float16) if stored == "float16" else table).astype(np.float64)
+        return np.asarray((table.astype(np.uint32) << 16).view(np.float32), np.float64)
+    return np.asarray(table.view(np.float16) if stored == "float16" else table, np.float64)
 
 
 def mean_rows(x: Array) -> Float64:
-    return x.astype(np.float64).mean(0, keepdims=True)
+    return np.asarray(x.astype(np.float64).mean(0, keepdims=True))
 
 
 def normalize(x: Array) -> Float64:
@@ -55,7 +55,7 @@ def normalize(x: Array) -> Float64:
 
 def silu(x: Array) -> Float64:
     """x / (1 + e^-x): Hendrycks and Gimpel 2016, arXiv:1606.08415."""
-    return x / (1 + np.exp(-x.astype(np.float64)))
+    return np.asarray(x / (1 + np.exp(-x.astype(np.float64))))
 
 
 def gelu(x: Array) -> Float64:

@@ -1,7 +1,6 @@
 """The native row kernels against their definitions, on every instruction set."""
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
