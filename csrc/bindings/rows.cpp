@@ -18,7 +18,8 @@ Kind named(const std::array<std::pair<const char*, Kind>, kCount>& kinds, const 
   std::string names;
   for (const auto& [text, kind] : kinds) {
     if (name == text) return kind;
-    names += (names.empty() ? "" : ", ") + std::string(text);
+    if (!names.empty()) names += ", ";
+    names += text;
   }
   fail(name + " is none of " + names);
 }

@@ -1,5 +1,6 @@
 // Elementary functions over the vectors of simd_*.h, which is included before. The same operations on every width:
-// a number maps to the same result on each instruction set.
+// a number maps to the same result on each instruction set. Infinities give the limits, NaN alone gives NaN. Errors are
+// measured against double precision over all exponents.
 #pragma once
 
 #include "millrace/matmul.h"
@@ -8,7 +9,7 @@ namespace millrace {
 namespace {
 
 // e^x by range reduction to |r| <= ln 2 / 2 and a polynomial of degree 6 (Cody and Waite's reduction; coefficients of
-// Cephes expf). Within 2 units in the last place on [-87, 88.7]; 0 below, infinity above; NaN of NaN.
+// Cephes expf). Within 1.01 units in the last place on [-87, 88.7]; 0 below, infinity above.
 inline F32 exp(F32 x) {
   const F32 bounded = min(fill(89.0F), x);
   const F32 n = round(bounded * fill(1.44269504F));
@@ -27,29 +28,35 @@ inline F32 exp(F32 x) {
 // x / (1 + e^-y).
 inline F32 gate(F32 x, F32 y) { return x / (fill(1.0F) + exp(zero() - y)); }
 
-// x is bounded where the result is 0 already, so that -infinity gives the limit.
+// Within 3 units in the last place above -87, and 0 from -88.73. Below that x is bounded, for the limit of -infinity.
 inline F32 silu(F32 x) {
   const F32 bounded = max(fill(-100.0F), x);
   return gate(bounded, bounded);
 }
 
-// (1 + tanh(u)) / 2 = 1 / (1 + e^-2u), which loses nothing where tanh is near -1.
+// (1 + tanh(u)) / 2 = 1 / (1 + e^-2u), which loses nothing where tanh is near -1: within 2.5e-7 of itself above -1,
+// 1.3e-5 above -10, where rounding u shows in its power; below that less than 1e-37.
 inline F32 gelu_tanh(F32 x) {
   const F32 bounded = max(fill(-20.0F), x);
   return gate(bounded, fill(1.595769122F) * fma(fill(0.044715F) * bounded * bounded, bounded, bounded));
 }
 
-// Abramowitz and Stegun 7.1.26: within 1.5e-7.
-inline F32 erf(F32 x) {
-  const F32 size = abs(x);
-  const F32 t = fill(1.0F) / fma(size, fill(0.3275911F), fill(1.0F));
-  F32 p = fill(1.061405429F);
-  p = fma(p, t, fill(-1.453152027F));
-  p = fma(p, t, fill(1.421413741F));
-  p = fma(p, t, fill(-0.284496736F));
-  p = fma(p, t, fill(0.254829592F));
-  const F32 y = fill(1.0F) - p * t * exp(zero() - size * size);
-  return where_less(x, zero(), zero() - y, y);
+// x for x > 0, less |x| erfc(|x| / sqrt 2) / 2, which is e^(-x^2 / 2) times a polynomial in 1 / (1 + 0.28 |x|) (the
+// form of Abramowitz and Stegun 7.1.26; coefficients of the least relative error, 6e-8). Within 6e-7 of itself above
+// -3, 5e-6 above -13, where rounding x^2 shows in its power; 0 from -13.2 on.
+inline F32 gelu(F32 x) {
+  const F32 size = min(fill(20.0F), abs(x));
+  const F32 t = fill(1.0F) / fma(size, fill(0.28F), fill(1.0F));
+  F32 p = fill(2.279094793e-2F);
+  p = fma(p, t, fill(-8.336370438e-2F));
+  p = fma(p, t, fill(6.977759302e-2F));
+  p = fma(p, t, fill(2.084291354e-2F));
+  p = fma(p, t, fill(5.326212198e-2F));
+  p = fma(p, t, fill(9.207747877e-2F));
+  p = fma(p, t, fill(1.009306014e-1F));
+  p = fma(p, t, fill(1.119948104e-1F));
+  p = fma(p, t, fill(1.116872653e-1F));
+  return max(zero(), x) - size * (p * t * exp(fill(-0.5F) * size * size));
 }
 
 inline F32 activate(Activation activation, F32 x) {
@@ -57,7 +64,7 @@ inline F32 activate(Activation activation, F32 x) {
     case Activation::silu:
       return silu(x);
     case Activation::gelu:
-      return fill(0.5F) * x * (fill(1.0F) + erf(x * fill(0.707106781F)));
+      return gelu(x);
     case Activation::gelu_tanh:
       return gelu_tanh(x);
     case Activation::relu:

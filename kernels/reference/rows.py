@@ -33,18 +33,19 @@ def rotate(x: Array, dim: int, cosine: Array, sine: Array) -> Float64:
     """Su et al. 2021, arXiv:2104.09864, with halves in place of neighbours: heads [rows, heads x dim]."""
     first, second = np.split(x.astype(np.float64).reshape(len(x), -1, dim), 2, -1)
     cosine, sine = cosine[:, None], sine[:, None]
-    return np.concatenate((first * cosine - second * sine, second * cosine + first * sine), -1).reshape(x.shape)
+    turned = np.concatenate((first * cosine - second * sine, second * cosine + first * sine), -1)
+    return np.asarray(turned.reshape(x.shape))
 
 
 def widened(table: Array, stored: str) -> Float64:
     """Stored numbers; 16-bit ones as bits in uint16."""
     if stored == "bfloat16":
-        return (table.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    return (table.view(np.float16) if stored == "float16" else table).astype(np.float64)
+        return np.asarray((table.astype(np.uint32) << 16).view(np.float32), np.float64)
+    return np.asarray(table.view(np.float16) if stored == "float16" else table, np.float64)
 
 
 def mean_rows(x: Array) -> Float64:
-    return x.astype(np.float64).mean(0, keepdims=True)
+    return np.asarray(x.astype(np.float64).mean(0, keepdims=True))
 
 
 def normalize(x: Array) -> Float64:
@@ -55,7 +56,7 @@ def normalize(x: Array) -> Float64:
 
 def silu(x: Array) -> Float64:
     """x / (1 + e^-x): Hendrycks and Gimpel 2016, arXiv:1606.08415."""
-    return x / (1 + np.exp(-x.astype(np.float64)))
+    return np.asarray(x / (1 + np.exp(-x.astype(np.float64))))
 
 
 def gelu(x: Array) -> Float64:
@@ -71,7 +72,7 @@ def gelu_tanh(x: Array) -> Float64:
 
 
 def relu(x: Array) -> Float64:
-    return np.maximum(x, 0).astype(np.float64)
+    return np.asarray(np.maximum(x, 0), np.float64)
 
 
 ACTIVATIONS: dict[str, Callable[[Array], Float64]] = {
@@ -79,5 +80,5 @@ ACTIVATIONS: dict[str, Callable[[Array], Float64]] = {
     "gelu": gelu,
     "gelu_tanh": gelu_tanh,
     "relu": relu,
-    "none": lambda x: x.astype(np.float64),
+    "none": lambda x: np.asarray(x, np.float64),
 }
