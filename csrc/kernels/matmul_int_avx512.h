@@ -1,0 +1,61 @@
+// Dot products of the bytes of one block: unsigned weights of two tiles with `kRows` rows of signed activations.
+#pragma once
+
+#include "simd_int_avx512.h"
+// The vectors come first.
+#include "matmul_epilogue.h"
+
+namespace millrace {
+namespace {
+
+inline constexpr std::int32_t kMostRows = 8;  // 16 of 32 registers are sums
+
+inline __m512i load_line(const std::byte* p) { return _mm512_load_si512(p); }
+inline void prefetch(const std::byte* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+// Four activations for every lane.
+inline __m512i load_quad(const std::byte* p) {
+  std::int32_t quad;
+  __builtin_memcpy(&quad, p, sizeof quad);
+  return _mm512_set1_epi32(quad);
+}
+
+template <std::int32_t kRows>
+inline void add_quad(I32 (&sums)[kRows][kVectors], __m512i low, __m512i high, const std::byte* x,
+                     std::size_t row_bytes) {
+#pragma GCC unroll 16
+  for (std::int32_t r = 0; r < kRows; ++r) {
+    const __m512i quad = load_quad(x + static_cast<std::size_t>(r) * row_bytes);
+    sums[r][0].v = _mm512_dpbusd_epi32(sums[r][0].v, low, quad);
+    sums[r][1].v = _mm512_dpbusd_epi32(sums[r][1].v, high, quad);
+  }
+}
+
+// What sums of int8 weights start at: these are stored as w + 128.
+inline I32 start(std::int32_t row_sum) { return fill(-128 * row_sum); }
+
+// 64 k: weights[2 tiles][16 quads][16 channels][4].
+template <std::int32_t kRows>
+inline void add_int8(I32 (&sums)[kRows][kVectors], const std::byte* weights, const std::byte* ahead, const std::byte* x,
+                     std::size_t row_bytes) {
+  for (std::int32_t quad = 0; quad < 16; ++quad) {
+    prefetch(ahead + quad * 64);
+    prefetch(ahead + 1024 + quad * 64);
+    add_quad(sums, load_line(weights + quad * 64), load_line(weights + 1024 + quad * 64), x + quad * 4, row_bytes);
+  }
+}
+
+// 32 k: weights[8 quads][16 channels][4], tile 0 in the low nibbles, tile 1 in the high ones.
+template <std::int32_t kRows>
+inline void add_int4(I32 (&sums)[kRows][kVectors], const std::byte* weights, const std::byte* ahead, const std::byte* x,
+                     std::size_t row_bytes) {
+  const __m512i mask = _mm512_set1_epi8(15);
+  for (std::int32_t quad = 0; quad < 8; ++quad) {
+    prefetch(ahead + quad * 64);
+    const __m512i both = load_line(weights + quad * 64);
+    add_quad(sums, _mm512_and_si512(both, mask), _mm512_and_si512(_mm512_srli_epi16(both, 4), mask), x + quad * 4,
+             row_bytes);
+  }
+}
+
+}  // namespace
+}  // namespace millrace

@@ -1,0 +1,162 @@
+// Quantises and packs blocks of integer weights, the same for each instruction set. simd_int_*.h is included before.
+#pragma once
+
+#include "quantization_search.h"
+
+namespace millrace {
+namespace {
+
+inline F32 read(Stored stored, const std::byte* p) {
+  switch (stored) {
+    case Stored::float32:
+      return load(reinterpret_cast<const float*>(p));
+    case Stored::float16:
+      return load_f16(reinterpret_cast<const std::uint16_t*>(p));
+    case Stored::bfloat16:
+      break;
+  }
+  return load_bf16(reinterpret_cast<const std::uint16_t*>(p));
+}
+inline F32 read(Stored stored, const std::byte* p, std::int32_t n) {
+  switch (stored) {
+    case Stored::float32:
+      return load(reinterpret_cast<const float*>(p), n);
+    case Stored::float16:
+      return load_f16(reinterpret_cast<const std::uint16_t*>(p), n);
+    case Stored::bfloat16:
+      break;
+  }
+  return load_bf16(reinterpret_cast<const std::uint16_t*>(p), n);
+}
+
+// Numbers [first_k, last_k) of the kLanes channels from `channel` on: to[k - first_k][kLanes]; zeros behind `k`.
+// last_k - first_k is a multiple of kLanes. Returns false where one is not finite.
+inline bool gather(Channels channels, std::int32_t channel, std::int32_t k, std::int32_t first_k, std::int32_t last_k,
+                   float* to) {
+  const std::size_t bytes = channels.stored == Stored::float32 ? 4 : 2;
+  F32 poison = zero();
+  for (std::int32_t at = first_k; at < last_k; at += kLanes) {
+    F32 values[kLanes];
+#pragma GCC unroll 16
+    for (std::int32_t c = 0; c < kLanes; ++c) {
+      const auto* data = static_cast<const std::byte*>(channels.data[channel + c]);
+      const std::int32_t left = data == nullptr ? 0 : k - at;
+      const std::byte* p = left <= 0 ? nullptr : data + static_cast<std::size_t>(at) * bytes;
+      values[c] = left <= 0 ? zero() : left >= kLanes ? read(channels.stored, p) : read(channels.stored, p, left);
+      poison = fma(values[c], zero(), poison);
+    }
+    transpose(values);
+#pragma GCC unroll 16
+    for (std::int32_t i = 0; i < kLanes; ++i) store(to + (at - first_k + i) * kLanes, values[i]);
+  }
+  return sum(poison) == 0.0F;
+}
+
+// Four codes to a lane, of quads of k.
+template <typename Code>
+inline I32 quad_of(const Code& code_at) {
+  return code_at(0) | shift_left(code_at(1), 8) | shift_left(code_at(2), 16) | shift_left(code_at(3), 24);
+}
+
+inline constexpr std::int32_t kVectors = kColumns / kLanes;
+
+inline Best search_int8(const float* w, std::int32_t count, const Lanes& lanes) {
+  const auto exact = [](F32 step) { return step; };
+  const auto candidate = [&](float ratio) {
+    const F32 step = where_less(zero(), lanes.largest, fill(ratio / 127.0F), zero());
+    return Codes{step, fill(-127.0F), fill(127.0F)};
+  };
+  Best best{candidate(1.0F), zero()};
+  for (std::int32_t i = 0; i < 3; ++i) {
+    const float ratio = 1.0F - 0.2F * static_cast<float>(i);
+    const Codes pair[2] = {candidate(ratio), candidate(ratio - 0.1F)};
+    try_codes(w, count, pair, exact, best);
+  }
+  const Codes refined[1] = {best.codes};
+  try_codes(w, count, refined, exact, best);
+  return best;
+}
+
+inline bool quantize_int8(const PackedMatrix& matrix, std::int32_t block, Channels channels, float* scratch) {
+  const std::int32_t padded_k = (matrix.k + 63) / 64 * 64;
+  auto* to = matrix.data + static_cast<std::size_t>(block) * static_cast<std::size_t>(padded_k) * kColumns;
+  float* scales = static_cast<float*>(matrix.scales) + block * kColumns;
+  for (std::int32_t v = 0; v < kVectors; ++v) {
+    if (!gather(channels, v * kLanes, matrix.k, 0, padded_k, scratch)) return false;
+    const Lanes lanes = normalize(scratch, padded_k);
+    const Codes codes = search_int8(scratch, padded_k, lanes).codes;
+    store(scales + v * kLanes, codes.step * lanes.largest);
+    const F32 inverse = inverse_of(codes.step);
+    for (std::int32_t quad = 0; quad < padded_k / 4; ++quad) {
+      const I32 packed = quad_of([&](std::int32_t i) {
+        return to_int(code(load(scratch + (quad * 4 + i) * kLanes), inverse, codes) + fill(128.0F));
+      });
+      const std::int32_t line = quad / 16 * 32 + v * 2 / kVectors * 16 + quad % 16;
+      store(reinterpret_cast<std::int32_t*>(to + static_cast<std::size_t>(line) * 64) + v % (kVectors / 2) * kLanes,
+            packed);
+    }
+  }
+  return true;
+}
+
+inline Best search_int4(const float* w, std::int32_t count, const Lanes& lanes) {
+  const auto stored = [&](F32 step) { return round_to_bf16(step * lanes.largest) * lanes.inverse; };
+  const auto with_zero = [](F32 step, F32 zero_point) {
+    const F32 point = min(max(zero_point, zero()), fill(15.0F));
+    return Codes{step, zero() - point, fill(15.0F) - point};
+  };
+  const auto candidate = [&](float ratio) {
+    const F32 step = stored((lanes.high - lanes.low) * fill(ratio / 15.0F));
+    return with_zero(step, round((zero() - lanes.low) * fill(ratio) * inverse_of(step)));
+  };
+  Best best{candidate(1.0F), zero()};
+  for (std::int32_t i = 0; i < 5; ++i) {
+    const float ratio = 1.05F - 0.1F * static_cast<float>(i);
+    const Codes pair[2] = {candidate(ratio), candidate(ratio - 0.05F)};
+    try_codes(w, count, pair, stored, best);
+  }
+  for (std::int32_t i = 0; i < 2; ++i) {
+    const F32 point = zero() - best.codes.least;
+    const Codes neighbours[3] = {best.codes, with_zero(best.codes.step, point - fill(1.0F)),
+                                 with_zero(best.codes.step, point + fill(1.0F))};
+    try_codes(w, count, neighbours, stored, best);
+  }
+  return best;
+}
+
+inline bool quantize_int4(const PackedMatrix& matrix, std::int32_t block, Channels channels, float* scratch) {
+  const std::int32_t padded_k = (matrix.k + 63) / 64 * 64;
+  const std::int32_t groups = (padded_k + matrix.group - 1) / matrix.group;
+  const std::size_t first_group = static_cast<std::size_t>(block) * static_cast<std::size_t>(groups);
+  auto* to = matrix.data + static_cast<std::size_t>(block) * static_cast<std::size_t>(padded_k) * kColumns / 2;
+  auto* scales = static_cast<std::uint16_t*>(matrix.scales) + first_group * kColumns;
+  std::uint8_t* zeros = matrix.zeros + first_group * kColumns;
+  for (std::int32_t g = 0; g < groups; ++g) {
+    const std::int32_t first_k = g * matrix.group;
+    const std::int32_t last_k = first_k + matrix.group < padded_k ? first_k + matrix.group : padded_k;
+    std::int32_t quads[32][kColumns];  // codes of tile 0 and, four bits higher, of tile 1
+    for (std::int32_t v = 0; v < kVectors; ++v) {
+      if (!gather(channels, v * kLanes, matrix.k, first_k, last_k, scratch)) return false;
+      const Lanes lanes = normalize(scratch, last_k - first_k);
+      const Codes codes = search_int4(scratch, last_k - first_k, lanes).codes;
+      const F32 inverse = inverse_of(codes.step);
+      store_bf16(scales + g * kColumns + v * kLanes, codes.step * lanes.largest);
+      store_bytes(reinterpret_cast<std::int8_t*>(zeros + g * kColumns + v * kLanes), to_int(zero() - codes.least));
+      for (std::int32_t quad = 0; quad < (last_k - first_k) / 4; ++quad) {
+        store(quads[quad] + v * kLanes, quad_of([&](std::int32_t i) {
+                return to_int(code(load(scratch + (quad * 4 + i) * kLanes), inverse, codes) - codes.least);
+              }));
+      }
+    }
+    for (std::int32_t quad = 0; quad < (last_k - first_k) / 4; ++quad) {
+      auto* line = reinterpret_cast<std::int32_t*>(to + static_cast<std::size_t>(first_k / 4 + quad) * 64);
+      for (std::int32_t i = 0; i < kColumns / 2; i += kLanes) {
+        store(line + i, load(quads[quad] + i) | shift_left(load(quads[quad] + kColumns / 2 + i), 4));
+      }
+    }
+  }
+  return true;
+}
+
+}  // namespace
+}  // namespace millrace
