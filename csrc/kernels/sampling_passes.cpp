@@ -41,63 +41,99 @@ MILLRACE_INLINE ExpSum sum_exp_body(const float* logits, std::int32_t count, Sca
   return sum;
 }
 
-MILLRACE_INLINE std::uint64_t weigh_block(const float* logits, std::int32_t count, Scale scale, std::int32_t* weights) {
-  std::uint64_t mass = 0;
+MILLRACE_INLINE void weigh_body(const float* logits, std::int32_t count, Scale scale, std::int32_t* weights) {
+  for (std::int32_t i = 0; i < count; ++i) weights[i] = weight(logits[i], scale);
+}
+
+// A sum of weights in halves, so that it needs no lanes wider than a weight.
+struct Halves {
+  std::uint32_t low = 0;
+  std::uint32_t high = 0;
+
+  MILLRACE_INLINE void add(std::int32_t weight) {
+    low += static_cast<std::uint32_t>(weight) & 0xFFFFU;
+    high += static_cast<std::uint32_t>(weight) >> 16;
+  }
+  MILLRACE_INLINE std::uint64_t sum() const { return (std::uint64_t{high} << 16) + low; }
+};
+
+MILLRACE_INLINE std::uint64_t weigh_below(const float* logits, std::int32_t count, Scale scale, bool light) {
+  if (light) {
+    std::uint32_t sum = 0;
+    for (std::int32_t i = 0; i < count; ++i) sum += static_cast<std::uint32_t>(weight(logits[i], scale));
+    return sum;
+  }
+  Halves sum;
+  for (std::int32_t i = 0; i < count; ++i) sum.add(weight(logits[i], scale));
+  return sum.sum();
+}
+
+struct BlockWeighed {
+  std::uint64_t total;
+  std::uint64_t above;
+  std::int32_t found;
+};
+
+MILLRACE_INLINE BlockWeighed weigh_across(const float* logits, std::int32_t count, Scale scale, Bracket bracket,
+                                          std::int32_t first, Candidate* found) {
+  constexpr std::int32_t kFlags = sizeof(std::uint64_t);
+  std::int32_t weights[kBlock];
+  std::uint8_t within[kBlock] = {};
+  Halves total, above;
+  std::uint32_t inside = 0;
   for (std::int32_t i = 0; i < count; ++i) {
-    weights[i] = weight(logits[i], scale);
-    mass += static_cast<std::uint64_t>(weights[i]);
+    const std::int32_t w = weight(logits[i], scale);
+    weights[i] = w;
+    total.add(w);
+    above.add(logits[i] > bracket.high ? w : 0);
+    inside +=
+        static_cast<std::uint32_t>(logits[i] > bracket.low) - static_cast<std::uint32_t>(logits[i] > bracket.high);
   }
-  return mass;
+  std::int32_t n = 0;
+  if (inside > 0) {
+    for (std::int32_t i = 0; i < count; ++i) {
+      within[i] = static_cast<std::uint8_t>(static_cast<int>(logits[i] > bracket.low) &
+                                            static_cast<int>(logits[i] <= bracket.high));
+    }
+    for (std::int32_t begin = 0; begin < count; begin += kFlags) {
+      std::uint64_t flags = 0;
+      __builtin_memcpy(&flags, within + begin, sizeof(flags));
+      for (; flags != 0; flags &= flags - 1) {
+        const std::int32_t i = begin + __builtin_ctzll(flags) / 8;
+        found[n++] = {logits[i], first + i, weights[i]};
+      }
+    }
+  }
+  return {total.sum(), above.sum(), n};
 }
 
-MILLRACE_INLINE std::uint64_t weigh_body(const float* logits, std::int32_t count, Scale scale,
-                                         const std::int32_t* block_highest, std::int32_t* weights,
-                                         std::uint64_t* block_mass) {
-  std::uint64_t total = 0;
+MILLRACE_INLINE Weighed weigh_above_body(const float* logits, std::int32_t count, Scale scale,
+                                         const std::int32_t* block_highest, Bracket bracket, bool all,
+                                         std::uint64_t* block_mass, Candidate* found) {
+  Weighed result{0, 0};
   for (std::int32_t begin = 0, block = 0; begin < count; begin += kBlock, ++block) {
+    const float highest = value(block_highest[block]);
+    const float log2 = (highest - scale.highest) * scale.log2_per_logit;
+    block_mass[block] = 0;
+    const bool below = highest <= bracket.low;
     // Below 2^-32 every weight rounds to 0.
-    const bool empty = (value(block_highest[block]) - scale.highest) * scale.log2_per_logit < -32.0F;
+    if (log2 < -32.0F || (below && !all)) continue;
     const std::int32_t length = std::min(kBlock, count - begin);
-    block_mass[block] = empty              ? 0
-                        : length == kBlock ? weigh_block(logits + begin, kBlock, scale, weights + begin)
-                                           : weigh_block(logits + begin, length, scale, weights + begin);
-    total += block_mass[block];
-  }
-  return total;
-}
-
-// Four tables, so that equal bins in a row do not wait for one another's store.
-MILLRACE_INLINE void histogram_body(const float* logits, const std::int32_t* weights, std::int32_t count,
-                                    const std::uint64_t* block_mass, Bins bins, std::uint8_t* bin_of, Histogram& mass) {
-  std::array<Histogram, 4> tables{};
-  for (std::int32_t begin = 0, block = 0; begin < count; begin += kBlock, ++block) {
-    if (block_mass[block] == 0) continue;
-    const std::int32_t end = std::min(begin + kBlock, count);
-    for (std::int32_t i = begin; i < end; ++i) bin_of[i] = static_cast<std::uint8_t>(bin(logits[i], bins));
-    for (std::int32_t i = begin; i < end; ++i) {
-      tables[static_cast<std::size_t>(i) % 4][bin_of[i]] += static_cast<std::uint64_t>(weights[i]);
+    if (below) {
+      // kBlock weights of 2^24 fit.
+      const bool light = log2 < -6.0F;
+      result.total += length == kBlock ? weigh_below(logits + begin, kBlock, scale, light)
+                                       : weigh_below(logits + begin, length, scale, light);
+      continue;
     }
+    const BlockWeighed weighed =
+        length == kBlock ? weigh_across(logits + begin, kBlock, scale, bracket, begin, found + result.found)
+                         : weigh_across(logits + begin, length, scale, bracket, begin, found + result.found);
+    block_mass[block] = weighed.above;
+    result.total += weighed.total;
+    result.found += weighed.found;
   }
-  for (std::size_t b = 0; b < kBins; ++b) mass[b] = tables[0][b] + tables[1][b] + tables[2][b] + tables[3][b];
-}
-
-MILLRACE_INLINE std::uint64_t keep_body(const float* logits, std::int32_t count, Cut cut, std::int32_t* weights,
-                                        std::uint64_t* block_mass) {
-  std::uint64_t total = 0;
-  for (std::int32_t begin = 0, block = 0; begin < count; begin += kBlock, ++block) {
-    if (block_mass[block] == 0) continue;
-    std::uint64_t mass = 0;
-    for (std::int32_t i = begin, end = std::min(begin + kBlock, count); i < end; ++i) {
-      const bool kept = (static_cast<int>(logits[i] > cut.logit) |
-                         (static_cast<int>(logits[i] == cut.logit) & static_cast<int>(i <= cut.id))) != 0;
-      const std::int32_t w = weights[i] >= cut.weight ? weights[i] : 0;
-      weights[i] = kept ? w : 0;
-      mass += static_cast<std::uint64_t>(weights[i]);
-    }
-    block_mass[block] = mass;
-    total += mass;
-  }
-  return total;
+  return result;
 }
 
 // The bodies above, compiled for one instruction set.
@@ -109,19 +145,14 @@ MILLRACE_INLINE std::uint64_t keep_body(const float* logits, std::int32_t count,
   TARGET ExpSum sum_exp(const float* logits, std::int32_t count, Scale scale) {                                       \
     return sum_exp_body(logits, count, scale);                                                                        \
   }                                                                                                                   \
-  TARGET std::uint64_t weigh(const float* logits, std::int32_t count, Scale scale, const std::int32_t* block_highest, \
-                             std::int32_t* weights, std::uint64_t* block_mass) {                                      \
-    return weigh_body(logits, count, scale, block_highest, weights, block_mass);                                      \
+  TARGET void weigh(const float* logits, std::int32_t count, Scale scale, std::int32_t* weights) {                    \
+    weigh_body(logits, count, scale, weights);                                                                        \
   }                                                                                                                   \
-  TARGET void histogram(const float* logits, const std::int32_t* weights, std::int32_t count,                         \
-                        const std::uint64_t* block_mass, Bins bins, std::uint8_t* bin_of, Histogram& mass) {          \
-    histogram_body(logits, weights, count, block_mass, bins, bin_of, mass);                                           \
+  TARGET Weighed weigh_above(const float* logits, std::int32_t count, Scale scale, const std::int32_t* block_highest, \
+                             Bracket bracket, bool all, std::uint64_t* block_mass, Candidate* found) {                \
+    return weigh_above_body(logits, count, scale, block_highest, bracket, all, block_mass, found);                    \
   }                                                                                                                   \
-  TARGET std::uint64_t keep(const float* logits, std::int32_t count, Cut cut, std::int32_t* weights,                  \
-                            std::uint64_t* block_mass) {                                                              \
-    return keep_body(logits, count, cut, weights, block_mass);                                                        \
-  }                                                                                                                   \
-  constexpr Passes passes{scan, sum_exp, weigh, histogram, keep};                                                     \
+  constexpr Passes passes{scan, sum_exp, weigh, weigh_above};                                                         \
   }
 
 MILLRACE_PASSES(baseline, )

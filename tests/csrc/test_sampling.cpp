@@ -114,8 +114,9 @@ struct Result {
         logprobs(static_cast<std::size_t>(c.rows), kPoison),
         top_logprobs(static_cast<std::size_t>(c.rows * c.width), kPoison),
         status(static_cast<std::size_t>(c.rows)) {
-    millrace::sample(
-        c.input(), {tokens.data(), logprobs.data(), status.data(), c.width, top_ids.data(), top_logprobs.data()}, isa);
+    millrace::sample(c.input(),
+                     {tokens.data(), logprobs.data(), status.data(), c.width, top_ids.data(), top_logprobs.data()}, isa,
+                     0, c.rows);
   }
 };
 
