@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cmath>
 #include <limits>
 
@@ -17,6 +18,8 @@ constexpr float kHeavy = 128;          // a block whose highest has 1/kHeavy of 
 constexpr std::size_t kGroups = 8;     // disjoint parts of the sample
 constexpr std::size_t kBins = 128;
 constexpr std::size_t kFewBins = 8;
+constexpr std::size_t kFew = 32;  // tokens of the sample
+constexpr std::size_t kChunk = 64;
 
 using Lanes = std::array<float, kGroups>;
 using Histogram = std::array<Lanes, kBins>;
@@ -33,14 +36,14 @@ void weigh(const Row& row, Scale scale, const std::vector<float>& logits, std::v
   row.passes.weigh(logits.data(), static_cast<std::int32_t>(logits.size()), scale, ensure(weights, logits.size()));
 }
 
-// Where the highest of a block stands for itself already, it is left out of the sample once.
+// The highest of a block stands for itself already: where the sample has it, it is left out once.
 void sample_block(const float* from, float highest, float* sampled) {
-  bool seen = false;
+  std::copy_n(from, kPerBlock, sampled);
+  unsigned found = 0;
   for (std::size_t i = 0; i < kPerBlock; ++i) {
-    const bool again = !seen && from[i] == highest;
-    sampled[i] = again ? -kInfinity : from[i];
-    seen = seen || again;
+    found |= static_cast<unsigned>(std::bit_cast<std::int32_t>(from[i]) == std::bit_cast<std::int32_t>(highest)) << i;
   }
+  if (found != 0) sampled[std::countr_zero(found)] = -kInfinity;
 }
 
 void collect(const Row& row, Scale scale, const Evidence& evidence) {
@@ -64,6 +67,8 @@ void collect(const Row& row, Scale scale, const Evidence& evidence) {
       sample_block(begin + place, exact[block], sampled.data() + block * kPerBlock);
     }
   }
+  exact.resize((exact.size() + kChunk - 1) / kChunk * kChunk, -kInfinity);
+  sampled.resize((sampled.size() + kChunk - 1) / kChunk * kChunk, -kInfinity);
   weigh(row, scale, exact, weights);
   weigh(row, scale, sampled, sampled_weights);
 }
@@ -80,13 +85,27 @@ struct Bins {
   float edge(float bin) const { return top - bin / per_logit; }
 
   void add(const std::vector<float>& logits, const std::vector<std::int32_t>& weights, Histogram& mass) const {
-    for (std::size_t i = 0; i < logits.size(); ++i) {
-      const float distance = std::min(std::max((top - logits[i]) * per_logit, 0.0F), static_cast<float>(kBins - 1));
-      mass[static_cast<std::size_t>(static_cast<std::int32_t>(distance))][i % kGroups] +=
-          static_cast<float>(weights[i]);
+    std::array<std::int32_t, kChunk> bin;
+    for (std::size_t begin = 0; begin < logits.size(); begin += kChunk) {
+      for (std::size_t i = 0; i < kChunk; ++i) {
+        const float distance = (top - logits[begin + i]) * per_logit;
+        const float clamped = distance < static_cast<float>(kBins - 1) ? distance : static_cast<float>(kBins - 1);
+        bin[i] = static_cast<std::int32_t>(clamped > 0 ? clamped : 0);
+      }
+      for (std::size_t i = 0; i < kChunk; ++i) {
+        mass[static_cast<std::size_t>(bin[i])][i % kGroups] += static_cast<float>(weights[begin + i]);
+      }
     }
   }
 };
+
+Lanes sum(const std::vector<float>& logits, const std::vector<std::int32_t>& weights) {
+  Lanes mass{};
+  for (std::size_t begin = 0; begin < logits.size(); begin += kGroups) {
+    for (std::size_t g = 0; g < kGroups; ++g) mass[g] += static_cast<float>(weights[begin + g]);
+  }
+  return mass;
+}
 
 // Masses of the row, as each group of the sample has it.
 Lanes estimates(const Lanes& exact, const Lanes& sampled) {
@@ -138,12 +157,7 @@ Bracket bracket_of_top_p(const Row& row, Scale scale, float top_p, Workspace& sp
   if (row.vocab <= kSmall) return {-kInfinity, kInfinity};
   const Evidence evidence{space.exact, space.sampled, space.exact_weights, space.sampled_weights};
   collect(row, scale, evidence);
-  Lanes exact{}, sampled{};
-  for (std::size_t i = 0; i < space.exact.size(); ++i) exact[i % kGroups] += static_cast<float>(space.exact_weights[i]);
-  for (std::size_t i = 0; i < space.sampled.size(); ++i) {
-    sampled[i % kGroups] += static_cast<float>(space.sampled_weights[i]);
-  }
-  Lanes need = estimates(exact, sampled);
+  Lanes need = estimates(sum(space.exact, space.exact_weights), sum(space.sampled, space.sampled_weights));
   // Tokens lighter than an even share of the rest are never needed: bins below it would be wasted.
   const float most = *std::max_element(need.begin(), need.end());
   const float share = most * (1 - top_p) / static_cast<float>(row.vocab);
@@ -157,7 +171,11 @@ Bracket bracket_of_top_p(const Row& row, Scale scale, float top_p, Workspace& sp
     // Room for rounding: tokens at an edge of a bin shall not lie outside.
     if (first > 0) bracket.high = std::nextafter(bins.edge(static_cast<float>(first) - 0.01F), kInfinity);
     if (last < kBins - 1) bracket.low = std::nextafter(bins.edge(static_cast<float>(last) + 1.01F), -kInfinity);
-    if (last - first >= kFewBins || last == kBins - 1) break;
+    std::size_t inside = 0;
+    for (const float logit : space.sampled) {
+      inside += static_cast<std::size_t>(logit > bracket.low) - static_cast<std::size_t>(logit > bracket.high);
+    }
+    if (last - first >= kFewBins || last == kBins - 1 || inside < kFew) break;
     bottom = bracket.low;
   }
   return bracket;

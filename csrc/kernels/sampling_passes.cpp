@@ -6,6 +6,8 @@
 namespace millrace::sampling {
 namespace {
 
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
 MILLRACE_INLINE KeyRange scan_block(const float* logits, std::int32_t count) {
   KeyRange range{std::numeric_limits<std::int32_t>::max(), std::numeric_limits<std::int32_t>::min()};
   for (std::int32_t i = 0; i < count; ++i) {
@@ -31,10 +33,10 @@ MILLRACE_INLINE KeyRange scan_body(const float* logits, std::int32_t count, std:
 MILLRACE_INLINE ExpSum sum_exp_body(const float* logits, std::int32_t count, Scale scale) {
   ExpSum sum{0, 0};
   for (std::int32_t i = 0; i < count; ++i) {
-    const float power = exp2_nonpositive((logits[i] - scale.highest) * scale.log2_per_logit) * kOne;
-    const auto high = static_cast<std::int32_t>(power);
+    const float scaled = power(logits[i], scale);
+    const auto high = static_cast<std::int32_t>(scaled);
     // Exact: above 2^24 a float has no fraction, below it the difference is representable.
-    const auto low = static_cast<std::int32_t>((power - static_cast<float>(high)) * 16777216.0F);
+    const auto low = static_cast<std::int32_t>((scaled - static_cast<float>(high)) * 16777216.0F);
     sum.high += high;
     sum.low += low;
   }
@@ -45,94 +47,104 @@ MILLRACE_INLINE void weigh_body(const float* logits, std::int32_t count, Scale s
   for (std::int32_t i = 0; i < count; ++i) weights[i] = weight(logits[i], scale);
 }
 
-// A sum of weights in halves, so that it needs no lanes wider than a weight.
-struct Halves {
+// A sum of at most 2^16 weights in lanes no wider than a weight: modulo 2^32, and rounded down.
+struct Sum {
   std::uint32_t low = 0;
-  std::uint32_t high = 0;
+  std::uint32_t high = 0;  // in units of 2^16
 
   MILLRACE_INLINE void add(std::int32_t weight) {
-    low += static_cast<std::uint32_t>(weight) & 0xFFFFU;
+    low += static_cast<std::uint32_t>(weight);
     high += static_cast<std::uint32_t>(weight) >> 16;
   }
-  MILLRACE_INLINE std::uint64_t sum() const { return (std::uint64_t{high} << 16) + low; }
+  MILLRACE_INLINE std::uint64_t value() const {
+    const std::uint64_t least = std::uint64_t{high} << 16;
+    return least + static_cast<std::uint32_t>(low - static_cast<std::uint32_t>(least));
+  }
 };
 
-MILLRACE_INLINE std::uint64_t weigh_below(const float* logits, std::int32_t count, Scale scale, bool light) {
-  if (light) {
-    std::uint32_t sum = 0;
-    for (std::int32_t i = 0; i < count; ++i) sum += static_cast<std::uint32_t>(weight(logits[i], scale));
-    return sum;
-  }
-  Halves sum;
+// The sum of the weights of a block.
+MILLRACE_INLINE std::uint64_t mass_body(const float* logits, std::int32_t count, Scale scale) {
+  Sum sum;
   for (std::int32_t i = 0; i < count; ++i) sum.add(weight(logits[i], scale));
-  return sum.sum();
+  return sum.value();
 }
 
-struct BlockWeighed {
-  std::uint64_t total;
-  std::uint64_t above;
-  std::int32_t found;
-};
-
-MILLRACE_INLINE BlockWeighed weigh_across(const float* logits, std::int32_t count, Scale scale, Bracket bracket,
-                                          std::int32_t first, Candidate* found) {
-  constexpr std::int32_t kFlags = sizeof(std::uint64_t);
-  std::int32_t weights[kBlock];
-  std::uint8_t within[kBlock] = {};
-  Halves total, above;
-  std::uint32_t inside = 0;
+// Tokens of a block that lie in the bracket into `found`, numbered from `first`; returns how many.
+MILLRACE_INLINE std::int32_t gather_body(const float* logits, const std::int32_t* weights, std::int32_t count,
+                                         Bracket bracket, std::int32_t first, Candidate* found) {
+  alignas(std::uint64_t) std::uint8_t within[kBlock] = {};
   for (std::int32_t i = 0; i < count; ++i) {
-    const std::int32_t w = weight(logits[i], scale);
-    weights[i] = w;
-    total.add(w);
-    above.add(logits[i] > bracket.high ? w : 0);
-    inside +=
-        static_cast<std::uint32_t>(logits[i] > bracket.low) - static_cast<std::uint32_t>(logits[i] > bracket.high);
+    within[i] = static_cast<std::uint8_t>(static_cast<int>(logits[i] > bracket.low) &
+                                          static_cast<int>(logits[i] <= bracket.high));
   }
   std::int32_t n = 0;
-  if (inside > 0) {
-    for (std::int32_t i = 0; i < count; ++i) {
-      within[i] = static_cast<std::uint8_t>(static_cast<int>(logits[i] > bracket.low) &
-                                            static_cast<int>(logits[i] <= bracket.high));
-    }
-    for (std::int32_t begin = 0; begin < count; begin += kFlags) {
-      std::uint64_t flags = 0;
-      __builtin_memcpy(&flags, within + begin, sizeof(flags));
-      for (; flags != 0; flags &= flags - 1) {
-        const std::int32_t i = begin + __builtin_ctzll(flags) / 8;
-        found[n++] = {logits[i], first + i, weights[i]};
-      }
+  for (std::int32_t begin = 0; begin < count; begin += 8) {
+    std::uint64_t flags = 0;
+    __builtin_memcpy(&flags, within + begin, sizeof(flags));
+    for (; flags != 0; flags &= flags - 1) {
+      const std::int32_t i = begin + __builtin_ctzll(flags) / 8;
+      found[n++] = {logits[i], first + i, weights[i]};
     }
   }
-  return {total.sum(), above.sum(), n};
+  return n;
+}
+
+struct BlockMass {
+  std::uint64_t total;
+  std::uint64_t above;
+};
+
+MILLRACE_INLINE BlockMass split_body(const float* logits, std::int32_t count, Scale scale, float high,
+                                     std::int32_t* weights) {
+  weigh_body(logits, count, scale, weights);
+  Sum total, above;
+  for (std::int32_t i = 0; i < count; ++i) {
+    total.add(weights[i]);
+    above.add(logits[i] > high ? weights[i] : 0);
+  }
+  return {total.value(), above.value()};
+}
+
+// Where the tokens of a block may lie; below 2^-32 every weight rounds to 0.
+enum class Part { weightless, below, across };
+
+MILLRACE_INLINE Part part_of(std::int32_t highest_key, Scale scale, Bracket bracket) {
+  const float highest = value(highest_key);
+  if ((highest - scale.highest) * scale.log2_per_logit < -32.0F) return Part::weightless;
+  return highest <= bracket.low ? Part::below : Part::across;
 }
 
 MILLRACE_INLINE Weighed weigh_above_body(const float* logits, std::int32_t count, Scale scale,
                                          const std::int32_t* block_highest, Bracket bracket, bool all,
                                          std::uint64_t* block_mass, Candidate* found) {
+  std::int32_t weights[kBlock];
   Weighed result{0, 0};
+  std::int32_t below = 0;  // tokens just before that lie below the bracket: summed together, they are fewer sums
   for (std::int32_t begin = 0, block = 0; begin < count; begin += kBlock, ++block) {
-    const float highest = value(block_highest[block]);
-    const float log2 = (highest - scale.highest) * scale.log2_per_logit;
     block_mass[block] = 0;
-    const bool below = highest <= bracket.low;
-    // Below 2^-32 every weight rounds to 0.
-    if (log2 < -32.0F || (below && !all)) continue;
+    const Part part = part_of(block_highest[block], scale, bracket);
+    const float* from = logits + begin;
     const std::int32_t length = std::min(kBlock, count - begin);
-    if (below) {
-      // kBlock weights of 2^24 fit.
-      const bool light = log2 < -6.0F;
-      result.total += length == kBlock ? weigh_below(logits + begin, kBlock, scale, light)
-                                       : weigh_below(logits + begin, length, scale, light);
+    if (part == Part::below && all) {
+      below += length;
       continue;
     }
-    const BlockWeighed weighed =
-        length == kBlock ? weigh_across(logits + begin, kBlock, scale, bracket, begin, found + result.found)
-                         : weigh_across(logits + begin, length, scale, bracket, begin, found + result.found);
-    block_mass[block] = weighed.above;
-    result.total += weighed.total;
-    result.found += weighed.found;
+    if (below > 0) result.total += mass_body(from - below, below, scale);
+    below = 0;
+    if (part != Part::across) continue;
+    const bool whole = length == kBlock;
+    if (bracket.high == -kInfinity) {
+      block_mass[block] = whole ? mass_body(from, kBlock, scale) : mass_body(from, length, scale);
+      continue;
+    }
+    const BlockMass mass = whole ? split_body(from, kBlock, scale, bracket.high, weights)
+                                 : split_body(from, length, scale, bracket.high, weights);
+    result.total += mass.total;
+    block_mass[block] = mass.above;
+    result.found += whole ? gather_body(from, weights, kBlock, bracket, begin, found + result.found)
+                          : gather_body(from, weights, length, bracket, begin, found + result.found);
   }
+  if (below > 0) result.total += mass_body(logits + count - below, below, scale);
   return result;
 }
 

@@ -3,6 +3,7 @@
 // Every reduction is a sum or a maximum of integers, so it has one result in any order and on any vector width.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cstdint>
 
@@ -73,24 +74,26 @@ MILLRACE_INLINE std::int32_t key(float value) {
 
 MILLRACE_INLINE float value(std::int32_t key) { return std::bit_cast<float>(key ^ ((key >> 31) & 0x7FFFFFFF)); }
 
-// 2^t for t <= 0, relative error below 2e-7, exactly 1 at 0; anything below 2^-100 is 2^-100.
-// 2^t = 2^n 2^f with n the nearest integer; 1 + f q(f) has the least maximal relative error over |f| <= 1/2.
-MILLRACE_INLINE float exp2_nonpositive(float t) {
-  t = t < -100.0F ? -100.0F : t;
-  const auto n = static_cast<std::int32_t>(t - 0.5F);
-  const float f = t - static_cast<float>(n);
-  float p = 0x1.5bba14p-10F;
-  p = p * f + 0x1.3cea88p-7F;
-  p = p * f + 0x1.c6b752p-5F;
-  p = p * f + 0x1.ebf9bcp-3F;
-  p = p * f + 0x1.62e42ap-1F;
-  p = p * f + 1.0F;
-  return std::bit_cast<float>(std::bit_cast<std::int32_t>(p) + (n << 23));
+// exp(scaled distance from the maximum) * kOne: 2^(30 - t) for t >= 0, relative error below 2e-7, exactly kOne at 0;
+// anything beyond 100 is 100. With n the integer nearest to t, 2^(30 - t) = 2^-n 2^30 2^f, and 1 + f q(f) has the least
+// maximal relative error over |f| <= 1/2. Its factor 2^30, and the change of sign, round nothing.
+MILLRACE_INLINE float power(float logit, Scale scale) {
+  const auto bits = std::bit_cast<std::int32_t>((scale.highest - logit) * scale.log2_per_logit);
+  // As integers: compilers make one instruction of it, which they do not of floats.
+  const float t = std::bit_cast<float>(std::min(bits, std::bit_cast<std::int32_t>(100.0F)));
+  const auto n = static_cast<std::int32_t>(t + 0.5F);
+  const float f = static_cast<float>(n) - t;
+  float p = 0x1.5bba14p-10F * kOne;
+  p = p * f + 0x1.3cea88p-7F * kOne;
+  p = p * f + 0x1.c6b752p-5F * kOne;
+  p = p * f + 0x1.ebf9bcp-3F * kOne;
+  p = p * f + 0x1.62e42ap-1F * kOne;
+  p = p * f + kOne;
+  return std::bit_cast<float>(std::bit_cast<std::int32_t>(p) - (n << 23));
 }
 
 MILLRACE_INLINE std::int32_t weight(float logit, Scale scale) {
-  const float power = exp2_nonpositive((logit - scale.highest) * scale.log2_per_logit);
-  return static_cast<std::int32_t>(power * kOne + 0.5F);
+  return static_cast<std::int32_t>(power(logit, scale) + 0.5F);
 }
 
 }  // namespace millrace::sampling
