@@ -28,9 +28,12 @@ float bound_of_preferred(const Row& row, std::int32_t count, Workspace& space) {
 // fall apart, so it ends; where all are equal, they stand in order already.
 Candidate completes(std::vector<Candidate>& candidates, std::uint64_t need) {
   while (candidates.size() > kFew) {
-    const auto [lowest, highest] = std::minmax_element(candidates.begin(), candidates.end(),
-                                                       [](const auto& a, const auto& b) { return a.logit < b.logit; });
-    const float top = highest->logit, bins_per_logit = static_cast<float>(kBins - 1) / (top - lowest->logit);
+    float top = candidates.front().logit, bottom = top;
+    for (const Candidate& c : candidates) {
+      top = std::max(top, c.logit);
+      bottom = std::min(bottom, c.logit);
+    }
+    const float bins_per_logit = static_cast<float>(kBins - 1) / (top - bottom);
     if (!std::isfinite(bins_per_logit)) break;
     const auto bin = [=](const Candidate& c) { return static_cast<std::size_t>((top - c.logit) * bins_per_logit); };
     std::array<std::uint64_t, kBins> mass{};

@@ -14,14 +14,19 @@ namespace {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLargest = std::numeric_limits<float>::max();
 
+constexpr int kMisses = 4;  // of a bracket
+
 // The least preferred token that survives top-p, and the least weight that survives min-p.
 struct Cut {
   float logit;
   std::int32_t id;
   std::int32_t weight;
 
+  // Without branches: which way they would go is a coin's toss.
   bool keeps(const Candidate& c) const {
-    return (c.logit > logit || (c.logit == logit && c.id <= id)) && c.weight >= weight;
+    const auto tied = static_cast<unsigned>(c.logit == logit) & static_cast<unsigned>(c.id <= id);
+    const auto kept = static_cast<unsigned>(c.logit > logit) | tied;
+    return (kept & static_cast<unsigned>(c.weight >= weight)) != 0;
   }
 };
 
@@ -63,7 +68,7 @@ class DrawFromAll {
   std::int32_t run() {
     const Cut cut = find_cut();
     for (const Candidate& c : space_.candidates) {
-      if (cut.keeps(c)) mass_[c.id / kBlock] += static_cast<std::uint64_t>(c.weight);
+      mass_[c.id / kBlock] += static_cast<std::uint64_t>(c.weight) * static_cast<std::uint64_t>(cut.keeps(c));
     }
     std::uint64_t total = 0;
     for (std::size_t block = 0; block < blocks(row_.vocab); ++block) total += mass_[block];
@@ -84,8 +89,8 @@ class DrawFromAll {
       std::uint64_t above = 0;
       for (std::size_t block = 0; block < blocks(row_.vocab); ++block) above += mass_[block];
       const std::uint64_t need = top_p_mass(options_.top_p, total), inside = sum(space_.candidates);
-      // After a second miss the whole side is searched.
-      const float reach = misses == 0 ? 8 * (bracket.high - bracket.low) : kInfinity;
+      // Further with each miss, in the end the whole side.
+      const float reach = misses < kMisses ? 8 * (bracket.high - bracket.low) : kInfinity;
       if (need <= above) {
         bracket = {bracket.high, bracket.high + reach};
       } else if (need > above + inside && bracket.low > floor.low) {
@@ -105,18 +110,16 @@ class DrawFromAll {
       const Weighed weighed = row_.passes.weigh_above(row_.logits + begin, count, scale_, row_.block_highest + block,
                                                       bracket, all, mass_ + block, space_.found.data());
       total += weighed.total;
-      for (std::int32_t i = 0; i < weighed.found; ++i) {
-        const Candidate& c = space_.found[static_cast<std::size_t>(i)];
-        space_.candidates.push_back({c.logit, begin + c.id, c.weight});
-      }
+      const std::size_t before = space_.candidates.size();
+      space_.candidates.insert(space_.candidates.end(), space_.found.begin(), space_.found.begin() + weighed.found);
+      for (std::size_t i = before; i < space_.candidates.size(); ++i) space_.candidates[i].id += begin;
     }
     return total;
   }
 
   void complete(Cut& cut, std::uint64_t need) {
-    space_.consumed.clear();
-    std::copy_if(space_.candidates.begin(), space_.candidates.end(), std::back_inserter(space_.consumed),
-                 [](const Candidate& c) { return c.weight > 0; });
+    space_.consumed = space_.candidates;
+    std::erase_if(space_.consumed, [](const Candidate& c) { return c.weight == 0; });
     const Candidate last = completes(space_.consumed, need);
     cut.logit = last.logit;
     cut.id = last.id;

@@ -135,6 +135,7 @@ MILLRACE_INLINE Weighed weigh_above_body(const float* logits, std::int32_t count
     const bool whole = length == kBlock;
     if (bracket.high == -kInfinity) {
       block_mass[block] = whole ? mass_body(from, kBlock, scale) : mass_body(from, length, scale);
+      result.total += block_mass[block];
       continue;
     }
     const BlockMass mass = whole ? split_body(from, kBlock, scale, bracket.high, weights)
