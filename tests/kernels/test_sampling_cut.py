@@ -18,7 +18,7 @@ from millrace.kernels.sampling import sample
 Make = Callable[..., dict[str, Any]]
 Logits = NDArray[np.float32]
 
-VOCAB = 5003  # long enough to be sampled, the last block short
+VOCAB = 9001  # more than one stretch of the sampler, the last block short
 BLOCK, SAMPLED = 128, 4  # the sampler looks at SAMPLED tokens of each block of BLOCK
 LAST_DRAW = 34408659  # the seed whose draw at choice 0 and position 0 is 1 - 2^-26 at least
 
