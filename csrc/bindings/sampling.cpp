@@ -123,7 +123,7 @@ py::tuple sample(const py::array& logits, const py::array& temperature, const py
                            top_ids.data(),           top_logprobs.data()};
   {
     const py::gil_scoped_release release;
-    millrace::sample(in, out, isa);
+    millrace::sample(in, out, isa, 0, in.rows);
   }
   py::array_t<std::int32_t> codes(rows);
   std::transform(status.begin(), status.end(), codes.mutable_data(),

@@ -1,18 +1,12 @@
-// Where a list of candidates in the order of preference (highest logit, then lowest id) ends.
+// Candidates in the order of preference (highest logit, then lowest id): the first of them, and where a mass ends.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
-#include "sampling_passes.h"
+#include "sampling_row.h"
 
 namespace millrace::sampling {
-
-struct Candidate {
-  float logit;
-  std::int32_t id;
-  std::int32_t weight;
-};
 
 // Whether `a` is preferred to `b`.
 inline bool preferred(const Candidate& a, const Candidate& b) {
@@ -24,7 +18,7 @@ inline bool preferred(const Candidate& a, const Candidate& b) {
 // Consumes the list.
 Candidate completes(std::vector<Candidate>& candidates, std::uint64_t need);
 
-// First bin with which `need` is reached; `need` becomes what is left of it for that bin.
-std::int32_t reach(const Histogram& mass, std::uint64_t& need);
+// The `count` preferred tokens of a row, in any order and unweighed, into `space.candidates`; 0 < count <= vocab.
+void gather_preferred(const Row& row, std::int32_t count, Workspace& space);
 
 }  // namespace millrace::sampling

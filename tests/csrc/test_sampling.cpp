@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <limits>
 #include <random>
+#include <thread>
 #include <vector>
 
 #include "millrace/philox.h"
@@ -108,14 +109,19 @@ struct Result {
   std::vector<float> logprobs, top_logprobs;
   std::vector<SamplingStatus> status;
 
-  Result(const Case& c, Isa isa)
+  explicit Result(const Case& c)
       : tokens(static_cast<std::size_t>(c.rows), kPoison),
         top_ids(static_cast<std::size_t>(c.rows * c.width), kPoison),
         logprobs(static_cast<std::size_t>(c.rows), kPoison),
         top_logprobs(static_cast<std::size_t>(c.rows * c.width), kPoison),
-        status(static_cast<std::size_t>(c.rows)) {
-    millrace::sample(
-        c.input(), {tokens.data(), logprobs.data(), status.data(), c.width, top_ids.data(), top_logprobs.data()}, isa);
+        status(static_cast<std::size_t>(c.rows)) {}
+
+  Result(const Case& c, Isa isa) : Result(c) { sample(c, isa, 0, c.rows); }
+
+  void sample(const Case& c, Isa isa, std::int32_t first_row, std::int32_t last_row) {
+    millrace::sample(c.input(),
+                     {tokens.data(), logprobs.data(), status.data(), c.width, top_ids.data(), top_logprobs.data()}, isa,
+                     first_row, last_row);
   }
 };
 
@@ -137,6 +143,22 @@ void check(const Case& c, const Result& result, Isa isa) {
   expect(result.status[3] == SamplingStatus::no_token, "no token is an error", c.vocab, isa);
 }
 
+// Any range of rows, by any thread, writes those rows alone and writes what all at once would.
+void check_ranges(const Case& c, const Result& whole, Isa isa) {
+  const std::int32_t middle = c.rows / 3;
+  Result parts(c);
+  parts.sample(c, isa, middle, middle);
+  expect(parts.tokens == std::vector<std::int32_t>(parts.tokens.size(), kPoison), "no rows", c.vocab, isa);
+  std::thread([&] { parts.sample(c, isa, middle, c.rows); }).join();
+  for (std::int32_t row = 0; row < c.rows; ++row) {
+    const bool written = parts.tokens[static_cast<std::size_t>(row)] != kPoison;
+    expect(written == (row >= middle), "rows of the range alone", c.vocab, isa);
+  }
+  parts.sample(c, isa, 0, middle);
+  expect(parts.tokens == whole.tokens && parts.top_ids == whole.top_ids && parts.status == whole.status,
+         "ranges equal the whole", c.vocab, isa);
+}
+
 }  // namespace
 
 int main() {
@@ -147,6 +169,7 @@ int main() {
     for (const Isa isa : millrace::available_isas()) {
       const Result result(c, isa);
       check(c, result, isa);
+      check_ranges(c, result, isa);
       expect(result.tokens == baseline.tokens && result.top_ids == baseline.top_ids, "equal to the baseline", vocab,
              isa);
     }

@@ -46,7 +46,9 @@ struct SamplingOutput {
   float* top_logprobs;          // [S, top_width]
 };
 
-// Reads only the logits of a row for that row: a row's result does not depend on the others, nor on `isa`.
-void sample(const SamplingInput& input, const SamplingOutput& output, Isa isa);
+// Rows first_row to last_row - 1. Reads only the logits of a row for that row: a row's result does not depend on the
+// others, nor on `isa`, so threads may share the rows of one input and output.
+void sample(const SamplingInput& input, const SamplingOutput& output, Isa isa, std::int32_t first_row,
+            std::int32_t last_row);
 
 }  // namespace millrace
