@@ -17,11 +17,15 @@ inline F32 load_int8(const std::int8_t* p) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
 }
 
-// sums[r][c] += weights[r] . panels[c], R rows kSpan apart and C panels, `steps` pairs of each.
+// sums[r][c] += weights[r] . panels[c], R rows kSpan apart and C panels, `steps` pairs of each; asks for what is
+// `after` them.
 template <std::int32_t R, std::int32_t C>
 [[gnu::always_inline]] inline void multiply(F32 (&sums)[R][C], const Weight* weights,
-                                            const std::uint32_t* const (&panels)[C], std::int32_t steps) {
+                                            const std::uint32_t* const (&panels)[C],
+                                            const std::uint32_t* const (&after)[C], std::int32_t steps) {
   for (std::int32_t s = 0; s < steps; ++s) {
+#pragma GCC unroll 8
+    for (std::int32_t c = 0; c < C; ++c) _mm_prefetch(after[c] + s * 16, _MM_HINT_T0);
     __m512bh columns[C];
 #pragma GCC unroll 8
     for (std::int32_t c = 0; c < C; ++c)

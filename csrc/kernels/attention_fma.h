@@ -15,11 +15,15 @@ inline void store_rounded(Weight* out, F32 x) {  // to bf16
   store(out, load_bf16(halves));
 }
 
-// sums[r][c] += weights[r] . panels[c], R rows kSpan apart and C panels, `steps` pairs of each.
+// sums[r][c] += weights[r] . panels[c], R rows kSpan apart and C panels, `steps` pairs of each; asks for what is
+// `after` them.
 template <std::int32_t R, std::int32_t C>
 [[gnu::always_inline]] inline void multiply(F32 (&sums)[R][C * kVectors], const Weight* weights,
-                                            const std::uint32_t* const (&panels)[C], std::int32_t steps) {
+                                            const std::uint32_t* const (&panels)[C],
+                                            const std::uint32_t* const (&after)[C], std::int32_t steps) {
   for (std::int32_t s = 0; s < steps; ++s) {
+#pragma GCC unroll 8
+    for (std::int32_t c = 0; c < C; ++c) _mm_prefetch(after[c] + s * 16, _MM_HINT_T0);
     F32 columns[C * kVectors];
 #pragma GCC unroll 8
     for (std::int32_t c = 0; c < C * kVectors; ++c)
