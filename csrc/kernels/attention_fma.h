@@ -23,7 +23,7 @@ template <std::int32_t R, std::int32_t C>
                                             const std::uint32_t* const (&after)[C], std::int32_t steps) {
   for (std::int32_t s = 0; s < steps; ++s) {
 #pragma GCC unroll 8
-    for (std::int32_t c = 0; c < C; ++c) _mm_prefetch(after[c] + s * 16, _MM_HINT_T0);
+    for (std::int32_t c = 0; c < C; ++c) _mm_prefetch(after[c] + s * 16, _MM_HINT_T1);
     F32 columns[C * kVectors];
 #pragma GCC unroll 8
     for (std::int32_t c = 0; c < C * kVectors; ++c)

@@ -87,7 +87,7 @@ inline void widen(const std::byte* from, std::uint32_t* to, std::int64_t count, 
   const auto* numbers = reinterpret_cast<const std::int8_t*>(from);
   auto* halves = reinterpret_cast<std::uint16_t*>(to);
   for (std::int64_t i = 0; i < count; i += 64) {
-    _mm_prefetch(ahead + i, _MM_HINT_T0);
+    _mm_prefetch(ahead + i, _MM_HINT_T1);
     for (std::int64_t j = i; j < i + 64; j += kLanes) store_bf16(halves + j, load_int8(numbers + j));
   }
 }
