@@ -173,18 +173,24 @@ inline void finish(const AttentionInput& input, std::int32_t row, std::int32_t k
   if (d < dim) store(out + d, load(mixed + d, dim - d) / fill(total), dim - d);
 }
 
-// Rounds the queries of a tile to what is multiplied: rows of kSpan, padding zero.
+// Rounds the queries of a tile to what is multiplied: rows of kSpan, padding zero. Asks for the memory of the output,
+// and for the queries of the next head.
 inline void load_queries(const AttentionInput& input, const AttentionItem& item, std::int32_t kv_head, Weight* out) {
   const std::int32_t group = input.heads / input.cache.kv_heads, dim = input.cache.head_dim;
   for (std::int32_t i = 0; i < item.queries; ++i) {
     const std::int32_t query = item.first_query + i;
     const std::int64_t token = input.offsets[item.row] + query / group;
-    const float* q = input.q + token * input.q_stride + std::int64_t{kv_head * group + query % group} * dim;
+    const std::int64_t column = std::int64_t{kv_head * group + query % group} * dim;
+    const float* q = input.q + token * input.q_stride + column;
     Weight* row = out + i * kSpan;
     std::int32_t d = 0;
     for (; d + kLanes <= dim; d += kLanes) store_rounded(row + d, load(q + d));
     if (d < dim) store_rounded(row + d, load(q + d, dim - d));
     for (d = (dim + kLanes - 1) / kLanes * kLanes; d < padded_dim(dim); d += kLanes) store_rounded(row + d, zero());
+    for (d = 0; d < dim; d += 16) {
+      prefetch(input.out + token * input.out_stride + column + d);
+      if (kv_head + 1 < item.heads.end) prefetch(q + group * dim + d);
+    }
   }
 }
 

@@ -23,11 +23,11 @@ template <std::int32_t R, std::int32_t C>
                                             const std::uint32_t* const (&after)[C], std::int32_t steps) {
   for (std::int32_t s = 0; s < steps; ++s) {
 #pragma GCC unroll 8
-    for (std::int32_t c = 0; c < C; ++c) _mm_prefetch(after[c] + s * 16, _MM_HINT_T1);
+    for (std::int32_t c = 0; c < C; ++c) prefetch(after[c] + s * 16);
     F32 columns[C * kVectors];
 #pragma GCC unroll 8
     for (std::int32_t c = 0; c < C * kVectors; ++c)
-      columns[c] = even(panels[c / kVectors] + s * 16 + c % kVectors * kLanes);
+      columns[c] = lower(load_pairs(panels[c / kVectors] + s * 16 + c % kVectors * kLanes));
 #pragma GCC unroll 8
     for (std::int32_t r = 0; r < R; ++r) {
       const F32 weight = fill(weights[r * kSpan + 2 * s]);
@@ -36,7 +36,7 @@ template <std::int32_t R, std::int32_t C>
     }
 #pragma GCC unroll 8
     for (std::int32_t c = 0; c < C * kVectors; ++c)
-      columns[c] = odd(panels[c / kVectors] + s * 16 + c % kVectors * kLanes);
+      columns[c] = upper(load_pairs(panels[c / kVectors] + s * 16 + c % kVectors * kLanes));
 #pragma GCC unroll 8
     for (std::int32_t r = 0; r < R; ++r) {
       const F32 weight = fill(weights[r * kSpan + 2 * s + 1]);

@@ -1,7 +1,7 @@
 // Where the keys and values of a span lie, as bf16 that nothing poisons, and what will be read after them.
 //
 // Blocks are anywhere in memory, so no hardware guesses which is next: each, while it is read, asks for the one that is
-// read kAhead blocks later. Blocks of keys come first, then those of values, then the keys of the next span.
+// read kAhead blocks later (fewer where there are fewer). Blocks of keys come first, then those of values, then the keys of the next span.
 #pragma once
 
 #include "attention_kernels.h"
@@ -65,10 +65,9 @@ inline Blocks find_next(const AttentionInput& input, const AttentionItem& item, 
 
 // The block to ask for while block `i` of `here` is read.
 inline const std::byte* after(const Blocks& blocks, std::int32_t i, const Blocks& next) {
-  const std::int32_t later = i + kAhead;
-  if (later < 2 * blocks.count) return blocks.data[later];
-  const std::int32_t beyond = later - 2 * blocks.count;
-  return beyond < 2 * next.count ? next.data[beyond] : blocks.data[i];
+  const std::int32_t count = 2 * blocks.count, later = i + (kAhead < count ? kAhead : count);
+  if (later < count) return blocks.data[later];
+  return later - count < 2 * next.count ? next.data[later - count] : blocks.data[i];
 }
 
 // Panels of bf16 pairs: by half a block of keys, by block of values; and what lies behind them in order of reading.
@@ -82,13 +81,11 @@ struct Span {
   const float* value_scales[kHalves];
 };
 
-// int8 to bf16, which holds it exactly.
-inline void widen(const std::byte* from, std::uint32_t* to, std::int64_t count, const std::byte* ahead) {
-  const auto* numbers = reinterpret_cast<const std::int8_t*>(from);
-  auto* halves = reinterpret_cast<std::uint16_t*>(to);
-  for (std::int64_t i = 0; i < count; i += 64) {
-    _mm_prefetch(ahead + i, _MM_HINT_T1);
-    for (std::int64_t j = i; j < i + 64; j += kLanes) store_bf16(halves + j, load_int8(numbers + j));
+// A block of int8 as bf16.
+inline void widen(const std::byte* from, std::uint32_t* to, std::int64_t bytes, const std::byte* after) {
+  for (std::int64_t i = 0; i < bytes; i += 64) {
+    prefetch(after + i);
+    for (std::int64_t j = i; j < i + 64; j += 2 * kLanes) store_pairs(to + j / 2, load_int8_pairs(from + j));
   }
 }
 
