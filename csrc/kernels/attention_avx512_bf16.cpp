@@ -13,15 +13,15 @@ inline void store_weights(Weight* out, F32 x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x.v)));
 }
 inline void store_rounded(Weight* out, F32 x) { store_weights(out, x); }
-inline F32 load_int8(const std::int8_t* p) {
-  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
-}
-
-// sums[r][c] += weights[r] . panels[c], R rows kSpan apart and C panels, `steps` pairs of each.
+// sums[r][c] += weights[r] . panels[c], R rows kSpan apart and C panels, `steps` pairs of each; asks for what is
+// `after` them.
 template <std::int32_t R, std::int32_t C>
 [[gnu::always_inline]] inline void multiply(F32 (&sums)[R][C], const Weight* weights,
-                                            const std::uint32_t* const (&panels)[C], std::int32_t steps) {
+                                            const std::uint32_t* const (&panels)[C],
+                                            const std::uint32_t* const (&after)[C], std::int32_t steps) {
   for (std::int32_t s = 0; s < steps; ++s) {
+#pragma GCC unroll 8
+    for (std::int32_t c = 0; c < C; ++c) prefetch(after[c] + s * 16);
     __m512bh columns[C];
 #pragma GCC unroll 8
     for (std::int32_t c = 0; c < C; ++c)

@@ -6,24 +6,13 @@
 #pragma once
 
 #include "attention_kernels.h"
+#include "attention_span.h"
 #include "simd_math.h"
 
 namespace millrace {
 namespace {
 
-constexpr std::int32_t kPanel = 16;
-constexpr std::int32_t kHalves = kSpan / kPanel;
-constexpr std::int32_t kPairs = kBlockTokens / 2;
 constexpr float kNothing = -__builtin_huge_valf();  // the highest of no scores
-
-// Where one span of one KV head lies.
-struct Span {
-  bool scaled;
-  const std::uint32_t* keys[kHalves];
-  const std::uint32_t* values[kSpan / kBlockTokens];
-  const float* key_scales[kHalves];
-  const float* value_scales[kHalves];
-};
 
 template <std::int32_t R, std::int32_t C>
 [[gnu::always_inline]] inline void clear(F32 (&sums)[R][C]) {
@@ -45,13 +34,16 @@ template <std::int32_t R, std::int32_t C>
 
 // Dot products of R queries with the keys of C panels.
 template <std::int32_t R, std::int32_t C>
-void score(const Weight* queries, const std::uint32_t* const* keys, std::int32_t steps, float* out) {
-  const std::uint32_t* panels[C];
+void score(const Weight* queries, const Span& span, std::int32_t half, std::int32_t steps, float* out) {
+  const std::uint32_t *panels[C], *after[C];
 #pragma GCC unroll 8
-  for (std::int32_t c = 0; c < C; ++c) panels[c] = keys[c];
+  for (std::int32_t c = 0; c < C; ++c) {
+    panels[c] = span.keys[half + c];
+    after[c] = span.after_keys[half + c];
+  }
   F32 sums[R][C * kVectors];
   clear(sums);
-  multiply<R, C>(sums, queries, panels, steps);
+  multiply<R, C>(sums, queries, panels, after, steps);
   store_rows(sums, out);
 }
 
@@ -63,12 +55,14 @@ void mix(const Weight* weights, const Span& span, Range pairs, std::int32_t pane
   for (std::int32_t pair = pairs.begin; pair < pairs.end;) {
     const std::int32_t block = pair / kPairs;
     const std::int32_t end = (block + 1) * kPairs < pairs.end ? (block + 1) * kPairs : pairs.end;
-    const std::uint32_t* panels[C];
+    const std::uint32_t *panels[C], *after[C];
 #pragma GCC unroll 8
     for (std::int32_t c = 0; c < C; ++c) {
-      panels[c] = span.values[block] + ((panel + c) * kPairs + pair % kPairs) * kPanel;
+      const std::int32_t at = ((panel + c) * kPairs + pair % kPairs) * kPanel;
+      panels[c] = span.values[block] + at;
+      after[c] = span.after_values[block] + at;
     }
-    multiply<R, C>(sums, weights + 2 * pair, panels, end - pair);
+    multiply<R, C>(sums, weights + 2 * pair, panels, after, end - pair);
     pair = end;
   }
   store_rows(sums, out);
@@ -78,11 +72,11 @@ constexpr std::int32_t at_most(std::int32_t panels) { return panels < kPanels ? 
 
 template <std::int32_t R>
 void score_rows(const Weight* queries, const Span& span, Range halves, std::int32_t steps, float* out) {
-  using Score = void (*)(const Weight*, const std::uint32_t* const*, std::int32_t, float*);
+  using Score = void (*)(const Weight*, const Span&, std::int32_t, std::int32_t, float*);
   constexpr Score kScore[] = {score<R, 1>, score<R, at_most(2)>, score<R, at_most(3)>, score<R, at_most(4)>};
   for (std::int32_t half = halves.begin; half < halves.end; half += kPanels) {
     const std::int32_t panels = at_most(halves.end - half);
-    kScore[panels - 1](queries, span.keys + half, steps, out + half * kPanel);
+    kScore[panels - 1](queries, span, half, steps, out + half * kPanel);
   }
 }
 
@@ -179,86 +173,25 @@ inline void finish(const AttentionInput& input, std::int32_t row, std::int32_t k
   if (d < dim) store(out + d, load(mixed + d, dim - d) / fill(total), dim - d);
 }
 
-// Rounds the queries of a tile to what is multiplied: rows of kSpan, padding zero.
+// Rounds the queries of a tile to what is multiplied: rows of kSpan, padding zero. Asks for the memory of the output,
+// and for the queries of the next head.
 inline void load_queries(const AttentionInput& input, const AttentionItem& item, std::int32_t kv_head, Weight* out) {
   const std::int32_t group = input.heads / input.cache.kv_heads, dim = input.cache.head_dim;
   for (std::int32_t i = 0; i < item.queries; ++i) {
     const std::int32_t query = item.first_query + i;
     const std::int64_t token = input.offsets[item.row] + query / group;
-    const float* q = input.q + token * input.q_stride + std::int64_t{kv_head * group + query % group} * dim;
+    const std::int64_t column = std::int64_t{kv_head * group + query % group} * dim;
+    const float* q = input.q + token * input.q_stride + column;
     Weight* row = out + i * kSpan;
     std::int32_t d = 0;
     for (; d + kLanes <= dim; d += kLanes) store_rounded(row + d, load(q + d));
     if (d < dim) store_rounded(row + d, load(q + d, dim - d));
     for (d = (dim + kLanes - 1) / kLanes * kLanes; d < padded_dim(dim); d += kLanes) store_rounded(row + d, zero());
-  }
-}
-
-// int8 to bf16, which holds it exactly.
-inline void widen(const std::int8_t* from, std::uint32_t* to, std::int32_t count) {
-  auto* halves = reinterpret_cast<std::uint16_t*>(to);
-  for (std::int32_t i = 0; i < count; i += kLanes) store_bf16(halves + i, load_int8(from + i));
-}
-
-// Values of a block without those of positions outside `used`, which may be anything: 0 * NaN is NaN.
-inline void copy_used(const std::uint32_t* from, std::uint32_t* to, std::int32_t dim, Range used) {
-  for (std::int32_t panel = 0; panel < dim / kPanel; ++panel) {
-    for (std::int32_t pair = used.begin / 2; pair < (used.end + 1) / 2; ++pair) {
-      const std::uint32_t low = 2 * pair < used.begin ? 0 : 0xFFFF;
-      const std::uint32_t high = 2 * pair + 1 < used.end ? 0xFFFF0000 : 0;
-      const std::int32_t at = (panel * kPairs + pair) * kPanel;
-      for (std::int32_t i = 0; i < kPanel; ++i) to[at + i] = from[at + i] & (low | high);
+    for (d = 0; d < dim; d += 16) {
+      prefetch(input.out + token * input.out_stride + column + d);
+      if (kv_head + 1 < item.heads.end) prefetch(q + group * dim + d);
     }
   }
-}
-
-// Finds blocks `used` (positions) of a span, as bf16 without anything outside; what must be changed is copied.
-inline void find_span(const AttentionInput& input, std::int32_t row, std::int32_t kv_head, std::int32_t span_index,
-                      Range used, Span& span, AttentionScratch& scratch) {
-  const KVCache& cache = input.cache;
-  const std::int32_t dim = padded_dim(cache.head_dim), words = kBlockTokens * dim / 2;
-  span.scaled = cache.type == KVType::int8;
-  const std::int32_t* table = input.block_tables + row * input.table_stride + span_index * (kSpan / kBlockTokens);
-  for (std::int32_t b = used.begin / kBlockTokens; b * kBlockTokens < used.end; ++b) {
-    const std::int64_t block = std::int64_t{table[b]} * cache.kv_heads + kv_head;
-    const std::uint32_t* keys = nullptr;
-    if (span.scaled) {
-      std::uint32_t* wide_keys = scratch.keys + b * words;
-      std::uint32_t* wide_values = scratch.values + b * words;
-      widen(reinterpret_cast<const std::int8_t*>(cache.keys) + block * words * 2, wide_keys, words * 2);
-      widen(reinterpret_cast<const std::int8_t*>(cache.values) + block * words * 2, wide_values, words * 2);
-      keys = wide_keys;
-      span.values[b] = wide_values;
-      const float* scales = cache.scales + block * 2 * kBlockTokens;
-      for (std::int32_t half = 0; half < 2; ++half) {
-        span.key_scales[2 * b + half] = scales + half * kPanel;
-        span.value_scales[2 * b + half] = scales + kBlockTokens + half * kPanel;
-      }
-    } else {
-      keys = reinterpret_cast<const std::uint32_t*>(cache.keys) + block * words;
-      span.values[b] = reinterpret_cast<const std::uint32_t*>(cache.values) + block * words;
-      const Range inside{used.begin - b * kBlockTokens > 0 ? used.begin - b * kBlockTokens : 0,
-                         used.end - b * kBlockTokens < kBlockTokens ? used.end - b * kBlockTokens : kBlockTokens};
-      if (inside.begin % 2 != 0 || inside.end % 2 != 0) {
-        copy_used(span.values[b], scratch.values + b * words, dim, inside);
-        span.values[b] = scratch.values + b * words;
-      }
-    }
-    span.keys[2 * b] = keys;
-    span.keys[2 * b + 1] = keys + words / 2;
-  }
-}
-
-inline Range intersect(Range a, Range b) {
-  return {a.begin > b.begin ? a.begin : b.begin, a.end < b.end ? a.end : b.end};
-}
-
-// What queries [first, last] see of a span, relative to its beginning; end <= begin: nothing.
-inline Range seen_of(const AttentionInput& input, std::int32_t row, std::int32_t first, std::int32_t last,
-                     std::int32_t span) {
-  const std::int32_t group = input.heads / input.cache.kv_heads, base = span * kSpan;
-  const Range seen{visible(input, row, first / group).begin - base, visible(input, row, last / group).end - base};
-  return intersect(seen, {0, kSpan});
 }
 
 // Parts of queries [first, first + count) of the item, kTogether at most, over one span: into scratch.part and
@@ -293,10 +226,12 @@ inline void attend_tile(const AttentionInput& input, const AttentionItem& item, 
   const std::int32_t passes = (item.queries + kTogether - 1) / kTogether;
   const std::int32_t together = (item.queries + passes - 1) / passes;
 
+  Blocks blocks = find(input, item, kv_head, item.spans.begin);
   for (std::int32_t s = item.spans.begin; s < item.spans.end; ++s) {
+    const Blocks next = find_next(input, item, kv_head, s);
     Span span;
-    const Range used = seen_of(input, item.row, item.first_query, item.first_query + item.queries - 1, s);
-    find_span(input, item.row, kv_head, s, used, span, scratch);
+    open_span(input, blocks, next, span, scratch);
+    blocks = next;
     for (std::int32_t first = 0; first < item.queries; first += together) {
       const std::int32_t count = together < item.queries - first ? together : item.queries - first;
       Softmax of_part[kTogether];

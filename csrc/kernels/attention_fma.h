@@ -15,15 +15,19 @@ inline void store_rounded(Weight* out, F32 x) {  // to bf16
   store(out, load_bf16(halves));
 }
 
-// sums[r][c] += weights[r] . panels[c], R rows kSpan apart and C panels, `steps` pairs of each.
+// sums[r][c] += weights[r] . panels[c], R rows kSpan apart and C panels, `steps` pairs of each; asks for what is
+// `after` them.
 template <std::int32_t R, std::int32_t C>
 [[gnu::always_inline]] inline void multiply(F32 (&sums)[R][C * kVectors], const Weight* weights,
-                                            const std::uint32_t* const (&panels)[C], std::int32_t steps) {
+                                            const std::uint32_t* const (&panels)[C],
+                                            const std::uint32_t* const (&after)[C], std::int32_t steps) {
   for (std::int32_t s = 0; s < steps; ++s) {
+#pragma GCC unroll 8
+    for (std::int32_t c = 0; c < C; ++c) prefetch(after[c] + s * 16);
     F32 columns[C * kVectors];
 #pragma GCC unroll 8
     for (std::int32_t c = 0; c < C * kVectors; ++c)
-      columns[c] = even(panels[c / kVectors] + s * 16 + c % kVectors * kLanes);
+      columns[c] = lower(load_pairs(panels[c / kVectors] + s * 16 + c % kVectors * kLanes));
 #pragma GCC unroll 8
     for (std::int32_t r = 0; r < R; ++r) {
       const F32 weight = fill(weights[r * kSpan + 2 * s]);
@@ -32,7 +36,7 @@ template <std::int32_t R, std::int32_t C>
     }
 #pragma GCC unroll 8
     for (std::int32_t c = 0; c < C * kVectors; ++c)
-      columns[c] = odd(panels[c / kVectors] + s * 16 + c % kVectors * kLanes);
+      columns[c] = upper(load_pairs(panels[c / kVectors] + s * 16 + c % kVectors * kLanes));
 #pragma GCC unroll 8
     for (std::int32_t r = 0; r < R; ++r) {
       const F32 weight = fill(weights[r * kSpan + 2 * s + 1]);

@@ -100,6 +100,17 @@ inline I32 load_pairs(const void* p) { return {_mm256_loadu_si256(static_cast<co
 inline I32 fill_pairs(const void* p) { return {_mm256_set1_epi32(*static_cast<const std::int32_t*>(p))}; }
 inline F32 lower(I32 pairs) { return {_mm256_castsi256_ps(_mm256_slli_epi32(pairs.v, 16))}; }
 inline F32 upper(I32 pairs) { return {_mm256_castsi256_ps(_mm256_and_si256(pairs.v, _mm256_set1_epi32(-0x10000)))}; }
+inline void store_pairs(void* p, I32 pairs) { _mm256_storeu_si256(static_cast<__m256i*>(p), pairs.v); }
+// Pairs of int8 as pairs of bf16, which hold them exactly.
+inline I32 load_int8_pairs(const void* p) {
+  const __m256i pairs = _mm256_cvtepi8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+  const __m256i low = _mm256_castps_si256(_mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(pairs, 16), 16)));
+  const __m256i high = _mm256_castps_si256(_mm256_cvtepi32_ps(_mm256_srai_epi32(pairs, 16)));
+  return {_mm256_blend_epi16(_mm256_srli_epi32(low, 16), high, 0xAA)};
+}
+
+// Into the second-level cache, which has room for more requests than the first.
+[[gnu::always_inline]] inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 }  // namespace
 }  // namespace millrace

@@ -83,6 +83,17 @@ inline I32 load_pairs(const void* p) { return {_mm512_loadu_si512(p)}; }
 inline I32 fill_pairs(const void* p) { return {_mm512_set1_epi32(*static_cast<const std::int32_t*>(p))}; }
 inline F32 lower(I32 pairs) { return {_mm512_castsi512_ps(_mm512_slli_epi32(pairs.v, 16))}; }
 inline F32 upper(I32 pairs) { return {_mm512_castsi512_ps(_mm512_and_si512(pairs.v, _mm512_set1_epi32(-0x10000)))}; }
+inline void store_pairs(void* p, I32 pairs) { _mm512_storeu_si512(p, pairs.v); }
+// Pairs of int8 as pairs of bf16, which hold them exactly.
+inline I32 load_int8_pairs(const void* p) {
+  const __m512i pairs = _mm512_cvtepi8_epi16(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+  const __m512i low = _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(pairs, 16), 16)));
+  const __m512i high = _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_srai_epi32(pairs, 16)));
+  return {_mm512_mask_blend_epi16(0xAAAAAAAA, _mm512_srli_epi32(low, 16), high)};
+}
+
+// Into the second-level cache, which has room for more requests than the first.
+[[gnu::always_inline]] inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 }  // namespace
 }  // namespace millrace
