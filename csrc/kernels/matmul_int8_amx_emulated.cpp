@@ -1,6 +1,7 @@
-#include "matmul_int8_amx_body.h"
 #include "simd_avx512.h"
 #include "tiles_emulated.h"
+// Over those vectors and tiles:
+#include "matmul_int8_amx_body.h"
 
 namespace millrace {
 
