@@ -100,7 +100,7 @@ class GroupedTiles {
   }
 
   template <bool kTall, bool kAlone>
-  void multiply(const Piece& piece) {
+  [[gnu::noinline]] void multiply(const Piece& piece) {
     const std::byte* rows = x_.data + static_cast<std::size_t>(piece.rows.first) * x_.row_bytes;
     const std::size_t below = static_cast<std::size_t>(piece.rows.second) * x_.row_bytes;
     const std::byte* ahead = piece.ahead;
@@ -131,10 +131,14 @@ class GroupedTiles {
 
   // Up to `rows` rows of the last spilled groups go to the sums, or with the last group of k to memory.
   void leave(std::int32_t rows) {
-    for (; rows > 0 && next_ < spill_.piece.rows.count; --rows, ++next_) leave_row(next_);
+    if (next_ < spill_.piece.rows.count) leave_rows(least(next_ + rows, spill_.piece.rows.count));
   }
 
-  [[gnu::noinline]] void leave_row(std::int32_t i) const {
+  [[gnu::noinline]] void leave_rows(std::int32_t end) {
+    for (; next_ < end; ++next_) leave_row(next_);
+  }
+
+  void leave_row(std::int32_t i) const {
     const std::int32_t row = spill_.piece.rows.first + i;
     const std::int32_t* totals = x_.sums + std::int64_t{row} * groups_ + spill_.first;
     float* kept = reinterpret_cast<float*>(spill_.piece.sums) + i * kColumns;

@@ -32,7 +32,7 @@ class WholeTiles {
 
  private:
   template <bool kTall, bool kAlone>
-  void multiply(const Piece& piece) {
+  [[gnu::noinline]] void multiply(const Piece& piece) {
     const std::byte* row = x_.data + static_cast<std::size_t>(piece.rows.first) * x_.row_bytes;
     const std::byte* a = row + piece.first_step * kStepBytes;
     const std::byte* b = from_.at(piece.block, piece.first_step);
@@ -56,14 +56,17 @@ class WholeTiles {
 
   // Up to `rows` rows of the last finished piece go to memory.
   void leave(std::int32_t rows) {
-    for (; rows > 0 && next_ < leaving_.rows.count; --rows, ++next_) leave_row(leaving_.rows.first + next_);
+    if (next_ < leaving_.rows.count) leave_rows(least(next_ + rows, leaving_.rows.count));
   }
 
-  [[gnu::noinline]] void leave_row(std::int32_t row) const {
-    F32 sums[kVectors];
-    const std::byte* from = leaving_.sums + (row - leaving_.rows.first) * static_cast<std::int64_t>(kSumStride);
-    Kind::finished(weights_, x_, row, leaving_.block, from, sums);
-    finish(output_, weights_.n, row, leaving_.block, sums);
+  [[gnu::noinline]] void leave_rows(std::int32_t end) {
+    for (; next_ < end; ++next_) {
+      const std::int32_t row = leaving_.rows.first + next_;
+      F32 sums[kVectors];
+      Kind::finished(weights_, x_, row, leaving_.block, leaving_.sums + next_ * static_cast<std::int64_t>(kSumStride),
+                     sums);
+      finish(output_, weights_.n, row, leaving_.block, sums);
+    }
   }
 
   const PackedMatrix& weights_;

@@ -256,6 +256,7 @@ void check_all(const std::vector<Shape>& shapes, const std::vector<std::int32_t>
       for (const Epilogue epilogue : {Epilogue::store, Epilogue::add, Epilogue::activate, gate}) {
         check(p, {most / 3, most - most / 4, blocks / 3, blocks - blocks / 4}, epilogue, true, isa);
       }
+      check(p, {0, most, 0, blocks}, Epilogue::add, true, isa);
       check(p, {most - 1, most, 0, blocks}, Epilogue::add, true, isa);
       check(p, {0, 0, 0, blocks}, Epilogue::add, true, isa);
       check(p, {0, most, 0, 0}, Epilogue::add, true, isa);
