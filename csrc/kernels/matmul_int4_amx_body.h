@@ -104,6 +104,7 @@ class GroupedTiles {
     const std::byte* rows = x_.data + static_cast<std::size_t>(piece.rows.first) * x_.row_bytes;
     const std::size_t below = static_cast<std::size_t>(piece.rows.second) * x_.row_bytes;
     const std::byte* ahead = piece.ahead;
+    const std::int32_t lines = (piece.lines * depth_ + 63) / 64;
     const std::int32_t first_group = group_of(piece.first_step);
     const std::int32_t last_group = groups_to(piece.last_step);
     for (std::int32_t from = first_group; from < last_group; from += kSpilled) {
@@ -119,7 +120,7 @@ class GroupedTiles {
           const std::int32_t k = unit * depth_ - piece.first_step * 64;
           const std::byte* b = scratch_->weights + k / 64 * kBlockStep + k % 64 * tile::kRows;
           multiply_step<Int4Tiles, kTall, kAlone>({{a, a + below}, x_.row_bytes, {b, b + tile::kBytes}});
-          prefetch(ahead, piece.lines);
+          prefetch(ahead, lines);
           leave(pace);
         }
         store_sums<kTall>(spilled[g - from], piece.rows.second);
