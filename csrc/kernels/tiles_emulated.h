@@ -86,22 +86,38 @@ inline void require_product(int c, int a, int b) {
   if (!fits || c == a || c == b || a == b) __builtin_trap();
 }
 
-inline void multiply_bytes(int c, int a, int b) {
-  require_product(c, a, b);
-  for (std::int32_t m = 0; m < state.shapes.rows[a]; ++m) {
-    const auto* quads = reinterpret_cast<const std::int32_t*>(row(a, m));
-    __m512i sums[2] = {*row(c, m), _mm512_setzero_si512()};  // in any order: exact
-    for (std::int32_t k = 0; k < state.shapes.rows[b]; ++k) {
-      sums[k % 2] = _mm512_dpbusd_epi32(sums[k % 2], *row(b, k), _mm512_set1_epi32(quads[k]));
+// Rows [first, first + count) of C.
+template <int count>
+inline void multiply_int8_rows(int c, int a, int b, std::int32_t first) {
+  const Tile& left = state.tiles[a];
+  const Tile& right = state.tiles[b];
+  Tile& out = state.tiles[c];
+  const std::int32_t depth = state.shapes.rows[b];
+  __m512i sums[count];
+  for (int r = 0; r < count; ++r) sums[r] = _mm512_load_si512(out.bytes[first + r]);
+  for (std::int32_t k = 0; k < depth; ++k) {
+    const __m512i weights = _mm512_load_si512(right.bytes[k]);
+#pragma GCC unroll 8
+    for (int r = 0; r < count; ++r) {
+      const auto* quads = reinterpret_cast<const std::int32_t*>(left.bytes[first + r]);
+      sums[r] = _mm512_dpbusd_epi32(sums[r], weights, _mm512_set1_epi32(quads[k]));
     }
-    *row(c, m) = _mm512_add_epi32(sums[0], sums[1]);
   }
-  zero_from(c, state.shapes.rows[a]);
+  for (int r = 0; r < count; ++r) _mm512_store_si512(out.bytes[first + r], sums[r]);
+}
+
+inline void multiply_int8(int c, int a, int b) {
+  require_product(c, a, b);
+  const std::int32_t rows = state.shapes.rows[a];
+  std::int32_t m = 0;
+  for (; m + 8 <= rows; m += 8) multiply_int8_rows<8>(c, a, b, m);
+  for (; m < rows; ++m) multiply_int8_rows<1>(c, a, b, m);
+  zero_from(c, rows);
 }
 
 template <int c, int a, int b>
 inline void multiply_int8() {
-  multiply_bytes(c, a, b);
+  multiply_int8(c, a, b);
 }
 
 // The even and the odd numbers of a row of bf16 as float32.
@@ -136,7 +152,7 @@ class DenormalsAreZeros {
 // Rows [first, first + count) of C: even and odd products are summed apart from zero, k ascending, then added, then
 // added to C.
 template <int count>
-inline void multiply_rows(int c, int a, std::int32_t depth, const Pairs (&b)[kRows], std::int32_t first) {
+inline void multiply_bf16_rows(int c, int a, std::int32_t depth, const Pairs (&b)[kRows], std::int32_t first) {
   alignas(64) float even[count][kRows];
   alignas(64) float odd[count][kRows];
   Pairs sums[count];
@@ -159,7 +175,7 @@ inline void multiply_rows(int c, int a, std::int32_t depth, const Pairs (&b)[kRo
   }
 }
 
-inline void multiply_halves(int c, int a, int b) {
+inline void multiply_bf16(int c, int a, int b) {
   require_product(c, a, b);
   const DenormalsAreZeros mode;
   const std::int32_t depth = state.shapes.rows[b];
@@ -167,14 +183,14 @@ inline void multiply_halves(int c, int a, int b) {
   for (std::int32_t k = 0; k < depth; ++k) numbers[k] = widen(*row(b, k));
   const std::int32_t rows = state.shapes.rows[a];
   std::int32_t m = 0;
-  for (; m + 4 <= rows; m += 4) multiply_rows<4>(c, a, depth, numbers, m);
-  for (; m < rows; ++m) multiply_rows<1>(c, a, depth, numbers, m);
+  for (; m + 4 <= rows; m += 4) multiply_bf16_rows<4>(c, a, depth, numbers, m);
+  for (; m < rows; ++m) multiply_bf16_rows<1>(c, a, depth, numbers, m);
   zero_from(c, rows);
 }
 
 template <int c, int a, int b>
 inline void multiply_bf16() {
-  multiply_halves(c, a, b);
+  multiply_bf16(c, a, b);
 }
 
 }  // namespace tile
