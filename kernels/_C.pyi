@@ -26,30 +26,14 @@ def attend(
     threads: int,
     out: NDArray[np.float32],
 ) -> None: ...
-def sample(
-    *,
-    logits: NDArray[np.float32],
-    temperature: NDArray[np.float32],
-    top_p: NDArray[np.float32],
-    top_k: NDArray[np.int32],
-    min_p: NDArray[np.float32],
-    presence_penalty: NDArray[np.float32],
-    frequency_penalty: NDArray[np.float32],
-    repetition_penalty: NDArray[np.float32],
-    seed: NDArray[np.uint64],
-    choice: NDArray[np.int32],
-    position: NDArray[np.int32],
-    top_n: NDArray[np.int32],
-    bias_offsets: NDArray[np.int32],
-    bias_ids: NDArray[np.int32],
-    bias_values: NDArray[np.float32],
-    history_offsets: NDArray[np.int32],
-    history_ids: NDArray[np.int32],
-    history_prompt_lens: NDArray[np.int32],
-    masks: Sequence[tuple[int, NDArray[np.uint32]]],
-) -> tuple[
+
+Sampled = tuple[
     NDArray[np.int32], NDArray[np.float32], NDArray[np.int32], NDArray[np.int32], NDArray[np.float32], NDArray[np.int32]
-]: ...
+]
+Columns = Mapping[str, NDArray[Any]]
+Masks = Sequence[tuple[int, NDArray[np.uint32]]]
+
+def sample(logits: NDArray[np.float32], columns: Columns, masks: Masks) -> Sampled: ...
 def rms_norm(x: NDArray[np.float32], weight: NDArray[np.float32], eps: float, out: NDArray[np.float32]) -> None: ...
 def layer_norm(
     x: NDArray[np.float32], weight: NDArray[np.float32], bias: NDArray[np.float32], eps: float, out: NDArray[np.float32]
@@ -158,7 +142,10 @@ class Model:
         draw_tokens: NDArray[np.int32],
         pooled_rows: NDArray[np.int32],
         embeddings: tuple[NDArray[np.int32], NDArray[np.float32]],
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]: ...
+        columns: Columns,
+        masks: Masks,
+    ) -> tuple[Sampled, NDArray[np.float32]]: ...
+    def logits(self) -> NDArray[np.float32]: ...
     @property
     def progress(self) -> int: ...
     @property

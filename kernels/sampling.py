@@ -83,26 +83,30 @@ def sample(
     A row whose logits hold NaN or +infinity, or leave no token, fails alone. ValueError: a wrong dtype, shape
     or value in the arguments, nothing was drawn. Runs on the calling thread, without the GIL.
     """
-    token_ids, logprobs, top_offsets, top_token_ids, top_logprobs, status = _C.sample(
-        logits=logits,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-        choice=choice,
-        position=position,
-        top_n=top_n,
-        bias_offsets=bias_offsets,
-        bias_ids=bias_ids,
-        bias_values=bias_values,
-        history_offsets=history_offsets,
-        history_ids=history_ids,
-        history_prompt_lens=history_prompt_lens,
-        masks=[(mask.row, mask.words) for mask in masks or ()],
-    )
+    columns = {
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+        "choice": choice,
+        "position": position,
+        "top_n": top_n,
+        "bias_offsets": bias_offsets,
+        "bias_ids": bias_ids,
+        "bias_values": bias_values,
+        "history_offsets": history_offsets,
+        "history_ids": history_ids,
+        "history_prompt_lens": history_prompt_lens,
+    }
+    return sample_result(_C.sample(logits, columns, [(mask.row, mask.words) for mask in masks or ()]))
+
+
+def sample_result(native: _C.Sampled) -> SampleResult:
+    """What native sampling returns, in words."""
+    token_ids, logprobs, top_offsets, top_token_ids, top_logprobs, status = native
     errors = {int(row): STATUS[int(status[row])] for row in np.flatnonzero(status)}
     return SampleResult(token_ids, logprobs, top_offsets, top_token_ids, top_logprobs, errors)

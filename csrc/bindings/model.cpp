@@ -12,6 +12,7 @@
 #include "arrays.h"
 #include "bindings.h"
 #include "runtime/cores.h"
+#include "sampling.h"
 
 namespace millrace::bindings {
 namespace {
@@ -141,23 +142,21 @@ struct Checked {
   }
 };
 
-py::tuple step(const py::object& self, const py::array& token_ids, const py::array& positions, const py::array& slots,
+py::tuple step(Model& model, const py::array& token_ids, const py::array& positions, const py::array& slots,
                const py::array& starts, const py::array& context_lens, const py::array& block_tables,
                const py::array& draw_tokens, const py::array& pooled_rows,
-               const std::pair<py::array, py::array>& embeddings) {
-  auto& model = self.cast<Model&>();
+               const std::pair<py::array, py::array>& embeddings, const py::dict& columns, const Masks& masks) {
   const Checked checked(model, token_ids, positions, slots, starts, context_lens, block_tables, draw_tokens,
                         pooled_rows, embeddings);
-  Model::Result result{};
+  const Network& network = model.network();
+  const SamplingCall sampling(columns, masks, checked.input.draws, network.vocab);
+  const float* pooled = nullptr;
   {
     const py::gil_scoped_release release;
-    result = model.step(checked.input, [](int) {});
+    pooled = model.step(checked.input, sampling.input, sampling.output);
   }
-  const Network& network = model.network();
-  // Views of the model's memory, good until the next step.
-  return py::make_tuple(
-      py::array_t<float>({py::ssize_t{checked.input.draws}, py::ssize_t{network.vocab}}, result.logits, self),
-      py::array_t<float>({py::ssize_t{checked.input.pooled}, py::ssize_t{network.hidden}}, result.pooled));
+  return py::make_tuple(sampling.results(),
+                        py::array_t<float>({py::ssize_t{checked.input.pooled}, py::ssize_t{network.hidden}}, pooled));
 }
 
 void check_block(Model& model, Int32 block) {
@@ -323,6 +322,12 @@ void bind_model(py::module_& module) {
            py::arg("network"), py::arg("weights"), py::arg("kv_type"), py::arg("kv_blocks"), py::arg("pool"),
            "Takes the memory of `weights` over.")
       .def("step", &step)
+      .def(
+          "logits",
+          [](const Model& model) {
+            return py::array_t<float>({py::ssize_t{model.draws()}, py::ssize_t{model.network().vocab}}, model.logits());
+          },
+          "Of the last step, before penalties and masks.")
       .def_property_readonly("progress", &Model::progress)
       .def_property_readonly("weight_bytes", &Model::weight_bytes)
       .def_property_readonly("block_bytes", [](Model& model) { return model.kv().block_bytes(); })

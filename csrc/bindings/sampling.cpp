@@ -1,5 +1,5 @@
 // The face is kernels/sampling.py.
-#include "millrace/sampling.h"
+#include "sampling.h"
 
 #include <pybind11/stl.h>
 
@@ -15,9 +15,115 @@
 #include "bindings.h"
 
 namespace millrace::bindings {
+
+SamplingCall::SamplingCall(py::dict columns, Masks masks, std::int32_t rows, std::int32_t vocab)
+    : columns_(std::move(columns)), masks_(std::move(masks)), token_ids_(rows), logprobs_(rows) {
+  input.rows = rows;
+  input.vocab = vocab;
+  input.row_stride = vocab;
+  set_parameters();
+  set_ragged();
+  set_masks();
+  const std::int32_t most = rows == 0 ? 0 : *std::max_element(input.top_n, input.top_n + rows);
+  const std::int32_t width = std::clamp(most, 0, vocab);
+  const auto room = static_cast<std::size_t>(rows) * static_cast<std::size_t>(width);
+  status_.resize(static_cast<std::size_t>(rows));
+  top_ids_.resize(room);
+  top_logprobs_.resize(room);
+  output = {token_ids_.mutable_data(), logprobs_.mutable_data(), status_.data(), width,
+            top_ids_.data(),           top_logprobs_.data()};
+}
+
+py::array SamplingCall::column_named(const char* name) const {
+  if (!columns_.contains(name)) fail(std::string("the column ") + name + " is missing");
+  return columns_[name].cast<py::array>();
+}
+
+void SamplingCall::set_parameters() {
+  const auto not_negative = [](auto v) { return v >= 0; };
+  const auto finite = [](float v) { return std::isfinite(v); };
+  const auto floats = [&](const char* name, const char* range, auto inside) {
+    return checked<float>(column_named(name), name, input.rows, range, inside);
+  };
+  const auto integers = [&](const char* name, const char* range, auto inside) {
+    return checked<std::int32_t>(column_named(name), name, input.rows, range, inside);
+  };
+  input.temperature = floats("temperature", "[0, inf)", [](float v) { return v >= 0 && std::isfinite(v); });
+  input.top_p = floats("top_p", "(0, 1]", [](float v) { return v > 0 && v <= 1; });
+  input.top_k = integers("top_k", "[0, inf)", not_negative);
+  input.min_p = floats("min_p", "[0, 1]", [](float v) { return v >= 0 && v <= 1; });
+  input.presence_penalty = floats("presence_penalty", "(-inf, inf)", finite);
+  input.frequency_penalty = floats("frequency_penalty", "(-inf, inf)", finite);
+  input.repetition_penalty =
+      floats("repetition_penalty", "(0, inf)", [](float v) { return v > 0 && std::isfinite(v); });
+  input.seed = column<std::uint64_t>(column_named("seed"), "seed", input.rows);
+  input.choice = integers("choice", "[0, inf)", not_negative);
+  input.position = integers("position", "[0, inf)", not_negative);
+  input.top_n = integers("top_n", "[-1, inf)", [](std::int32_t v) { return v >= -1; });
+}
+
+void SamplingCall::set_ragged() {
+  const auto token = [&](std::int32_t v) { return v >= 0 && v < input.vocab; };
+  const auto tokens = [&](const char* name) {
+    return checked<std::int32_t>(column_named(name), name, -1, "[0, vocabulary)", token);
+  };
+  const py::ssize_t biases = column_named("bias_ids").size(), history = column_named("history_ids").size();
+  input.bias_ids = tokens("bias_ids");
+  input.bias_values = checked<float>(column_named("bias_values"), "bias_values", biases, "(-inf, inf)",
+                                     [](float v) { return std::isfinite(v); });
+  input.bias_offsets = offsets(column_named("bias_offsets"), "bias_offsets", input.rows, biases);
+  input.history_ids = tokens("history_ids");
+  input.history_offsets = offsets(column_named("history_offsets"), "history_offsets", input.rows, history);
+  input.history_prompt_lens = checked<std::int32_t>(column_named("history_prompt_lens"), "history_prompt_lens",
+                                                    input.rows, "[0, inf)", [](std::int32_t v) { return v >= 0; });
+  for (std::int32_t row = 0; row < input.rows; ++row) {
+    if (input.history_prompt_lens[row] > input.history_offsets[row + 1] - input.history_offsets[row]) {
+      fail("history_prompt_lens[" + std::to_string(row) + "] is longer than the history of the row");
+    }
+  }
+}
+
+void SamplingCall::set_masks() {
+  mask_pointers_.assign(static_cast<std::size_t>(input.rows), nullptr);
+  for (const auto& [row, words] : masks_) {
+    if (row < 0 || row >= input.rows) fail("mask of row " + std::to_string(row) + ": there is no such row");
+    const std::uint32_t*& pointer = mask_pointers_[static_cast<std::size_t>(row)];
+    if (pointer != nullptr) fail("row " + std::to_string(row) + " has two masks");
+    pointer = column<std::uint32_t>(words, "mask", (py::ssize_t{input.vocab} + 31) / 32);
+  }
+  input.masks = mask_pointers_.data();
+}
+
+py::tuple SamplingCall::results() const {
+  py::array_t<std::int32_t> codes(input.rows);
+  std::transform(status_.begin(), status_.end(), codes.mutable_data(),
+                 [](SamplingStatus s) { return static_cast<std::int32_t>(s); });
+  const py::tuple top = compact_top();
+  return py::make_tuple(token_ids_, logprobs_, top[0], top[1], top[2], codes);
+}
+
+// Drops the room that rows did not ask for.
+py::tuple SamplingCall::compact_top() const {
+  py::array_t<std::int32_t> starts(input.rows + 1);
+  std::vector<std::int32_t> kept_ids;
+  std::vector<float> kept_logprobs;
+  starts.mutable_at(0) = 0;
+  for (std::int32_t row = 0; row < input.rows; ++row) {
+    const bool ok = status_[static_cast<std::size_t>(row)] == SamplingStatus::ok;
+    const std::int32_t count = ok ? std::clamp(input.top_n[row], 0, input.vocab) : 0;
+    const auto at = static_cast<std::ptrdiff_t>(row) * output.top_width;
+    kept_ids.insert(kept_ids.end(), top_ids_.begin() + at, top_ids_.begin() + at + count);
+    kept_logprobs.insert(kept_logprobs.end(), top_logprobs_.begin() + at, top_logprobs_.begin() + at + count);
+    starts.mutable_at(row + 1) = static_cast<std::int32_t>(kept_ids.size());
+  }
+  const auto size = static_cast<py::ssize_t>(kept_ids.size());
+  return py::make_tuple(starts, py::array_t<std::int32_t>(size, kept_ids.data()),
+                        py::array_t<float>(size, kept_logprobs.data()));
+}
+
 namespace {
 
-void set_logits(const py::array& logits, SamplingInput& input) {
+void check_logits(const py::array& logits) {
   constexpr auto kFloat = static_cast<py::ssize_t>(sizeof(float));
   if (!logits.dtype().equal(py::dtype::of<float>()) || logits.ndim() != 2) {
     fail("logits must be a float32 array of [rows, vocabulary]");
@@ -31,115 +137,26 @@ void set_logits(const py::array& logits, SamplingInput& input) {
       reinterpret_cast<std::uintptr_t>(logits.data()) % alignof(float) != 0) {
     fail("rows of logits must be contiguous and aligned");
   }
-  input.logits = static_cast<const float*>(logits.data());
-  input.rows = static_cast<std::int32_t>(logits.shape(0));
-  input.vocab = static_cast<std::int32_t>(logits.shape(1));
-  input.row_stride = logits.strides(0) / kFloat;
 }
 
-using Masks = std::vector<std::pair<std::int64_t, py::array>>;
-
-std::vector<const std::uint32_t*> mask_pointers(const Masks& masks, const SamplingInput& input) {
-  std::vector<const std::uint32_t*> pointers(static_cast<std::size_t>(input.rows), nullptr);
-  for (const auto& [row, words] : masks) {
-    if (row < 0 || row >= input.rows) fail("mask of row " + std::to_string(row) + ": there is no such row");
-    const std::uint32_t*& pointer = pointers[static_cast<std::size_t>(row)];
-    if (pointer != nullptr) fail("row " + std::to_string(row) + " has two masks");
-    pointer = column<std::uint32_t>(words, "mask", (py::ssize_t{input.vocab} + 31) / 32);
-  }
-  return pointers;
-}
-
-// Drops the entries of rows that failed, and the room that rows did not ask for.
-py::tuple compact(const SamplingInput& input, const std::vector<SamplingStatus>& status, py::ssize_t width,
-                  const std::vector<std::int32_t>& ids, const std::vector<float>& logprobs) {
-  py::array_t<std::int32_t> starts(input.rows + 1);
-  std::vector<std::int32_t> kept_ids;
-  std::vector<float> kept_logprobs;
-  starts.mutable_at(0) = 0;
-  for (std::int32_t row = 0; row < input.rows; ++row) {
-    const bool ok = status[static_cast<std::size_t>(row)] == SamplingStatus::ok;
-    const std::int32_t count = ok ? std::clamp(input.top_n[row], 0, input.vocab) : 0;
-    const auto at = static_cast<std::ptrdiff_t>(row * width);
-    kept_ids.insert(kept_ids.end(), ids.begin() + at, ids.begin() + at + count);
-    kept_logprobs.insert(kept_logprobs.end(), logprobs.begin() + at, logprobs.begin() + at + count);
-    starts.mutable_at(row + 1) = static_cast<std::int32_t>(kept_ids.size());
-  }
-  const auto size = static_cast<py::ssize_t>(kept_ids.size());
-  return py::make_tuple(starts, py::array_t<std::int32_t>(size, kept_ids.data()),
-                        py::array_t<float>(size, kept_logprobs.data()));
-}
-
-py::tuple sample(const py::array& logits, const py::array& temperature, const py::array& top_p, const py::array& top_k,
-                 const py::array& min_p, const py::array& presence_penalty, const py::array& frequency_penalty,
-                 const py::array& repetition_penalty, const py::array& seed, const py::array& choice,
-                 const py::array& position, const py::array& top_n, const py::array& bias_offsets,
-                 const py::array& bias_ids, const py::array& bias_values, const py::array& history_offsets,
-                 const py::array& history_ids, const py::array& history_prompt_lens, const Masks& masks) {
-  SamplingInput in{};
-  set_logits(logits, in);
-  const py::ssize_t rows = in.rows;
-  const auto not_negative = [](auto v) { return v >= 0; };
-  const auto finite = [](float v) { return std::isfinite(v); };
-  const auto token = [&in](std::int32_t v) { return v >= 0 && v < in.vocab; };
-  in.temperature =
-      checked<float>(temperature, "temperature", rows, "[0, inf)", [](float v) { return v >= 0 && std::isfinite(v); });
-  in.top_p = checked<float>(top_p, "top_p", rows, "(0, 1]", [](float v) { return v > 0 && v <= 1; });
-  in.top_k = checked<std::int32_t>(top_k, "top_k", rows, "[0, inf)", not_negative);
-  in.min_p = checked<float>(min_p, "min_p", rows, "[0, 1]", [](float v) { return v >= 0 && v <= 1; });
-  in.presence_penalty = checked<float>(presence_penalty, "presence_penalty", rows, "(-inf, inf)", finite);
-  in.frequency_penalty = checked<float>(frequency_penalty, "frequency_penalty", rows, "(-inf, inf)", finite);
-  in.repetition_penalty = checked<float>(repetition_penalty, "repetition_penalty", rows, "(0, inf)",
-                                         [](float v) { return v > 0 && std::isfinite(v); });
-  in.seed = column<std::uint64_t>(seed, "seed", rows);
-  in.choice = checked<std::int32_t>(choice, "choice", rows, "[0, inf)", not_negative);
-  in.position = checked<std::int32_t>(position, "position", rows, "[0, inf)", not_negative);
-  in.top_n = checked<std::int32_t>(top_n, "top_n", rows, "[-1, inf)", [](std::int32_t v) { return v >= -1; });
-  in.bias_ids = checked<std::int32_t>(bias_ids, "bias_ids", -1, "[0, vocabulary)", token);
-  in.bias_values = checked<float>(bias_values, "bias_values", bias_ids.shape(0), "(-inf, inf)", finite);
-  in.bias_offsets = offsets(bias_offsets, "bias_offsets", rows, bias_ids.shape(0));
-  in.history_ids = checked<std::int32_t>(history_ids, "history_ids", -1, "[0, vocabulary)", token);
-  in.history_offsets = offsets(history_offsets, "history_offsets", rows, history_ids.shape(0));
-  in.history_prompt_lens =
-      checked<std::int32_t>(history_prompt_lens, "history_prompt_lens", rows, "[0, inf)", not_negative);
-  for (py::ssize_t row = 0; row < rows; ++row) {
-    if (in.history_prompt_lens[row] > in.history_offsets[row + 1] - in.history_offsets[row]) {
-      fail("history_prompt_lens[" + std::to_string(row) + "] is longer than the history of the row");
-    }
-  }
-  const std::vector<const std::uint32_t*> pointers = mask_pointers(masks, in);
-  in.masks = pointers.data();
+py::tuple sample(const py::array& logits, const py::dict& columns, const Masks& masks) {
+  check_logits(logits);
+  SamplingCall call(columns, masks, static_cast<std::int32_t>(logits.shape(0)),
+                    static_cast<std::int32_t>(logits.shape(1)));
+  call.input.logits = static_cast<const float*>(logits.data());
+  call.input.row_stride = logits.strides(0) / static_cast<py::ssize_t>(sizeof(float));
   const Isa isa = current_isa();
-
-  const std::int32_t most = rows == 0 ? 0 : *std::max_element(in.top_n, in.top_n + rows);
-  const std::int32_t width = std::clamp(most, 0, in.vocab);
-  const auto room = static_cast<std::size_t>(rows) * static_cast<std::size_t>(width);
-  std::vector<std::int32_t> top_ids(room);
-  std::vector<float> top_logprobs(room);
-  std::vector<SamplingStatus> status(static_cast<std::size_t>(rows));
-  py::array_t<std::int32_t> token_ids(rows);
-  py::array_t<float> logprobs(rows);
-  const SamplingOutput out{token_ids.mutable_data(), logprobs.mutable_data(), status.data(), width,
-                           top_ids.data(),           top_logprobs.data()};
   {
     const py::gil_scoped_release release;
-    millrace::sample(in, out, isa, 0, in.rows);
+    millrace::sample(call.input, call.output, isa, 0, call.input.rows);
   }
-  py::array_t<std::int32_t> codes(rows);
-  std::transform(status.begin(), status.end(), codes.mutable_data(),
-                 [](SamplingStatus s) { return static_cast<std::int32_t>(s); });
-  const py::tuple top = compact(in, status, width, top_ids, top_logprobs);
-  return py::make_tuple(token_ids, logprobs, top[0], top[1], top[2], codes);
+  return call.results();
 }
 
 }  // namespace
 
 void bind_sampling(py::module_& module) {
-  module.def("sample", &sample, py::kw_only(), py::arg("logits"), py::arg("temperature"), py::arg("top_p"),
-             py::arg("top_k"), py::arg("min_p"), py::arg("presence_penalty"), py::arg("frequency_penalty"),
-             py::arg("repetition_penalty"), py::arg("seed"), py::arg("choice"), py::arg("position"), py::arg("top_n"),
-             py::arg("bias_offsets"), py::arg("bias_ids"), py::arg("bias_values"), py::arg("history_offsets"),
-             py::arg("history_ids"), py::arg("history_prompt_lens"), py::arg("masks"),
+  module.def("sample", &sample, py::arg("logits"), py::arg("columns"), py::arg("masks"),
              "See millrace.kernels.sampling.sample.");
 }
 

@@ -55,11 +55,22 @@ Scratch& Model::prepare(const StepInput& input) {
   return *scratch_;
 }
 
-void Model::forward(const StepInput& input, Scratch& scratch, int thread) {
-  Forward step(network_, kv_, *pool_, isa_, input, scratch, thread);
-  step.run(progress_);
-  if (input.pooled > 0) step.pool_rows();
-  if (input.draws > 0) step.compute_logits();
+const float* Model::step(const StepInput& input, SamplingInput sampling, const SamplingOutput& output) {
+  Scratch& scratch = prepare(input);
+  sampling.logits = scratch.logits;
+  sampling.row_stride = network_.vocab;
+  pool_->run([&](int thread) {
+    Forward step(network_, kv_, *pool_, isa_, input, scratch, thread);
+    step.run(progress_);
+    if (input.pooled > 0) step.pool_rows();
+    if (input.draws == 0) return;
+    step.compute_logits();
+    pool_->share_nowait(thread, input.draws, 1, [&](std::int64_t begin, std::int64_t end) {
+      sample(sampling, output, isa_, static_cast<std::int32_t>(begin), static_cast<std::int32_t>(end));
+    });
+  });
+  draws_ = input.draws;
+  return scratch.pooled;
 }
 
 }  // namespace millrace

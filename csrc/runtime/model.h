@@ -6,6 +6,7 @@
 #include <memory>
 #include <optional>
 
+#include "millrace/sampling.h"
 #include "runtime/kv_store.h"
 #include "runtime/network.h"
 #include "runtime/pool.h"
@@ -27,25 +28,17 @@ class Model {
   // Layers completed since the start; any thread may read it.
   std::int64_t progress() const { return progress_.load(std::memory_order_relaxed); }
 
-  // Runs all layers, stores keys and values; the results are valid until the next step.
-  struct Result {
-    float* logits;        // [D][vocab]
-    const float* pooled;  // [P][hidden]
-  };
-  // `finish(thread)` runs on every thread once the logits are there: sampling, for example.
-  template <class Finish>
-  Result step(const StepInput& input, Finish&& finish) {
-    Scratch& scratch = prepare(input);
-    pool_->run([&](int thread) {
-      forward(input, scratch, thread);
-      finish(thread);
-    });
-    return {scratch.logits, scratch.pooled};
-  }
+  // Runs all layers, stores keys and values, then draws a token from the logits of each of `input.draws` tokens; the
+  // logits of `sampling` are set here. Returns the vectors of `input.pooled` rows, [P][hidden]; they and logits() are
+  // good until the next step.
+  const float* step(const StepInput& input, SamplingInput sampling, const SamplingOutput& output);
+
+  // Of the last step, [draws()][vocab], before penalties and masks.
+  const float* logits() const { return scratch_ ? scratch_->logits : nullptr; }
+  std::int32_t draws() const { return draws_; }
 
  private:
   Scratch& prepare(const StepInput& input);
-  void forward(const StepInput& input, Scratch& scratch, int thread);
 
   Network network_;
   std::unique_ptr<Weights> weights_;
@@ -53,6 +46,7 @@ class Model {
   std::shared_ptr<Pool> pool_;
   Isa isa_;
   std::optional<Scratch> scratch_;
+  std::int32_t draws_ = 0;  // of the last step
   std::atomic<std::int64_t> progress_{0};
 };
 

@@ -10,7 +10,7 @@ from functools import cache
 import numpy as np
 
 from millrace.kernels import _C
-from millrace.kernels.sampling import SampleResult, sample
+from millrace.kernels.sampling import sample_result
 from millrace.server.errors import FeatureUnsupported
 from millrace.server.model.executors.base import Batch, Float32, Int32, KVLayout, Output, StepResult, Ticket
 from millrace.server.model.executors.cpu_weights import Loader, packed_bytes, stored_bytes
@@ -65,17 +65,21 @@ class CpuExecutor:
             check_texts(batch, self.spec.context)
         draws = plan_draws(batch, token_ids)
         rows = np.flatnonzero(batch.outputs == Output.POOLED).astype(np.int32)
-        logits, vectors = self.forward(batch, token_ids, draws.tokens, rows)
-        sampled = _draw(draws, logits)
+        native, vectors = self._step(batch, token_ids, draws, rows)
         pooled = checked_vectors(rows.tolist(), vectors, errors)
-        return self._tickets.keep(accept_draws(batch, draws, sampled, pooled, errors))
+        return self._tickets.keep(accept_draws(batch, draws, sample_result(native), pooled, errors))
 
-    def forward(self, batch: Batch, token_ids: Int32, draw_tokens: Int32, pooled: Int32) -> tuple[Float32, Float32]:
-        """Run the layers. Logits [D, vocabulary] of the tokens with these indices, good until the next step; vectors [P, hidden]."""
+    def _step(self, batch: Batch, token_ids: Int32, draws: Draws, pooled: Int32) -> tuple[_C.Sampled, Float32]:
+        columns = {field.name: getattr(draws.sampling, field.name) for field in fields(draws.sampling)}
         return self._running.step(
             token_ids, batch.positions, batch.slots, batch.offsets, batch.context_lens, batch.block_tables,
-            draw_tokens, pooled, _embeddings(batch.embeddings),
+            draws.tokens, pooled, _embeddings(batch.embeddings), columns, [(m.row, m.words) for m in draws.masks],
         )  # fmt: skip
+
+    @property
+    def logits(self) -> Float32:
+        """Of the tokens that the last step drew after, [draws, vocabulary], before penalties and masks."""
+        return self._running.logits()
 
     def collect(self, ticket: Ticket) -> StepResult:
         return self._tickets.take(ticket)
@@ -109,8 +113,3 @@ def _embeddings(embeddings: Mapping[int, Float32]) -> tuple[Int32, Float32]:
     if not embeddings:
         return NOTHING, np.empty((0, 0), np.float32)
     return np.fromiter(embeddings, np.int32), np.ascontiguousarray(np.stack(list(embeddings.values())), np.float32)
-
-
-def _draw(draws: Draws, logits: Float32) -> SampleResult:
-    columns = {field.name: getattr(draws.sampling, field.name) for field in fields(draws.sampling)}
-    return sample(logits, **columns, masks=draws.masks)

@@ -129,7 +129,11 @@ class Loader:
         network = _C.Network()
         network.vocab, network.hidden = spec.vocab_size, spec.hidden_size
         outer = self._load(spec.weights, outer_parts(spec, precision.head))
-        for role, name in (("embedding",) * 2, ("position_embedding", "positions"), ("token_type_embedding", "token_types")):
+        for role, name in (
+            ("embedding",) * 2,
+            ("position_embedding", "positions"),
+            ("token_type_embedding", "token_types"),
+        ):
             if role in outer:
                 setattr(network, name, outer[role])
         if "head" in outer:
