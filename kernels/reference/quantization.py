@@ -85,7 +85,8 @@ class Search:
     def consider(self, ratio: float) -> None:
         """Codes of the range between the extremes, and zero, times `ratio`."""
         if not self.int4:
-            return self.try_codes(np.where(self.largest > 0, ratio / 127, 0), np.zeros(len(self.rows)))
+            self.try_codes(np.where(self.largest > 0, ratio / 127, 0), np.zeros(len(self.rows)))
+            return
         low, high = np.minimum(self.rows.min(axis=1), 0), np.maximum(self.rows.max(axis=1), 0)
         step = self.stored((high - low) * ratio / 15)
         zero = np.clip(np.rint(-low * ratio / np.where(step > 0, step, np.inf)), 0, 15)
