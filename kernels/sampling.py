@@ -105,7 +105,7 @@ def sample(
     return sample_result(_C.sample(logits, columns, [(mask.row, mask.words) for mask in masks or ()]))
 
 
-def sample_result(native: _C.Sampled) -> SampleResult:
+def sample_result(native: "_C.Sampled") -> SampleResult:
     """What native sampling returns, in words."""
     token_ids, logprobs, top_offsets, top_token_ids, top_logprobs, status = native
     errors = {int(row): STATUS[int(status[row])] for row in np.flatnonzero(status)}

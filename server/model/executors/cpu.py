@@ -69,7 +69,7 @@ class CpuExecutor:
         pooled = checked_vectors(rows.tolist(), vectors, errors)
         return self._tickets.keep(accept_draws(batch, draws, sample_result(native), pooled, errors))
 
-    def _step(self, batch: Batch, token_ids: Int32, draws: Draws, pooled: Int32) -> tuple[_C.Sampled, Float32]:
+    def _step(self, batch: Batch, token_ids: Int32, draws: Draws, pooled: Int32) -> "tuple[_C.Sampled, Float32]":
         columns = {field.name: getattr(draws.sampling, field.name) for field in fields(draws.sampling)}
         return self._running.step(
             token_ids, batch.positions, batch.slots, batch.offsets, batch.context_lens, batch.block_tables,
