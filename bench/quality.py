@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from millrace.server.config import EngineConfig
@@ -19,12 +20,13 @@ from millrace.server.errors import MillraceError
 from millrace.server.model.executors import LoadedModel, create_executor
 from millrace.server.model.executors.base import Batch, Output, SamplingColumns
 from millrace.server.model.executors.cpu import CpuExecutor
+from millrace.server.model.executors.reference import ReferenceExecutor
 from millrace.server.text.tokenizer import Tokenizer
 
 Logits = NDArray[np.float32]
 WIDTHS: dict[str, dict[str, object]] = {
     "bf16": {},
-    "bf16, kv int8": {"kv_cache_dtype": "int8"},
+    "bf16-kv-int8": {"kv_cache_dtype": "int8"},
     "int8": {"quantization": "int8"},
     "int4-g128": {"quantization": "int4"},
     "int4-g32": {"quantization": "int4", "quantization_group": 32},
@@ -88,10 +90,6 @@ def all_logits(model: LoadedModel, window: NDArray[np.int32]) -> Logits:
     if isinstance(executor, CpuExecutor):
         executor.collect(executor.submit(batch))
         return executor.logits
-    import torch
-
-    from millrace.server.model.executors.reference import ReferenceExecutor
-
     assert isinstance(executor, ReferenceExecutor)
     with torch.inference_mode():
         found: Logits = executor.model.logits(executor.model.forward(batch, torch.from_numpy(window).long())).numpy()

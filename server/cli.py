@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from millrace.server.commands import documents
+from millrace.server.commands import bench, documents
 from millrace.server.commands.options import (
     CA,
     LOCAL,
@@ -157,6 +157,7 @@ def chat(
 
 for command in (documents.ingest, documents.ask, documents.collections):
     app.command()(command)
+app.command(context_settings=bench.ANY)(bench.bench)
 
 
 @app.command()
