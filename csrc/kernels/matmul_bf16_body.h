@@ -15,6 +15,7 @@ namespace {
 inline constexpr std::int32_t kPairs = 16;                   // of k, in a chunk
 inline constexpr std::int64_t kTileBytes = kPairs * 16 * 4;  // a chunk of 16 channels
 inline constexpr std::int64_t kChunkBytes = 2 * kTileBytes;
+inline constexpr std::int64_t kAhead = 4096;  // bytes: the processor's own prefetching loses the two tiles' streams
 
 // Vector i of the channels of a block, from the start of a chunk, for its first pair.
 constexpr std::int64_t vector_offset(std::int32_t i) {
@@ -43,6 +44,8 @@ inline void accumulate(Operands from, std::int32_t first, F32 (&out)[kRows][kVec
   for (; from.chunks > 0; --from.chunks) {
 #pragma GCC unroll 4
     for (std::int32_t pair = 0; pair < kPairs; ++pair) {
+      __builtin_prefetch(from.weights + kAhead + pair * 128);
+      __builtin_prefetch(from.weights + kAhead + pair * 128 + 64);
       Multiply::template add<kRows, kCount>(from.weights + pair * 64, from.x + pair * 4, from.row_bytes, sums);
     }
     from.weights += kChunkBytes;
