@@ -21,6 +21,7 @@ struct WidenedMultiply {
 #pragma GCC unroll 4
       for (int i = 0; i < kCount; ++i) sums[r][i] = fma(value, w[i], sums[r][i]);
     }
+    asm("" : "+r"(weights), "+r"(x));  // to load pairs again: kept since the lower halves they would fill the registers
 #pragma GCC unroll 4
     for (int i = 0; i < kCount; ++i) w[i] = upper(load_pairs(weights + vector_offset(i)));
 #pragma GCC unroll 16
