@@ -1,5 +1,6 @@
 // Products with bf16 weights, for any instruction set; simd_*.h is included before. A `Multiply` has
 //   kMostRows                  rows whose sums with two vectors of channels stay in registers
+//   kFewRows                   rows whose arithmetic is done before the next weights arrive from memory
 //   add<kRows, kCount>(...)    adds the products of one pair of k to the sums of some rows and vectors
 // Each output has one accumulator, which meets k in ascending order: its value depends on nothing else.
 #pragma once
@@ -66,7 +67,7 @@ inline void accumulate(Operands from, std::int32_t first, F32 (&out)[kRows][kVec
 template <class Multiply, int kRows>
 void rows_of_block(const PackedMatrix& weights, const Activations& x, const MatmulOutput& output, std::int32_t row,
                    std::int32_t block) {
-  constexpr bool kFew = kRows * 3 <= Multiply::kMostRows;
+  constexpr bool kFew = kRows <= Multiply::kFewRows;
   constexpr int kCount = kRows * kVectors <= Multiply::kMostRows * 2 ? kVectors : 2;
   constexpr int kStep = kFew ? kVectors / 2 : kCount;
   const std::int64_t chunks = (weights.k + 31) / 32;

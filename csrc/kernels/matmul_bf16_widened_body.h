@@ -6,9 +6,9 @@
 namespace millrace {
 namespace {
 
-template <int kMost>
+template <int kMost, int kFew>
 struct WidenedMultiply {
-  static constexpr int kMostRows = kMost;
+  static constexpr int kMostRows = kMost, kFewRows = kFew;
 
   template <int kRows, int kCount>
   static void add(const std::byte* weights, const std::byte* x, std::int64_t row_bytes, F32 (&sums)[kRows][kCount]) {
