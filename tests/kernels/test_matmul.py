@@ -15,7 +15,8 @@ Array = NDArray[Any]
 
 # Awkward on purpose: below, at and beyond tiles of channels, chunks of k, and rows that stay in registers.
 SHAPES = [(1, 1, 1), (2, 31, 33), (3, 33, 17), (7, 17, 129), (12, 32, 64), (13, 65, 31), (31, 129, 7), (33, 96, 257)]
-ISAS = [isa for isa in _C.available_isas() if isa not in ("baseline", "amx")]
+ISAS = [isa for isa in _C.available_isas() if isa != "baseline"]
+ISAS += ["amx_emulated"] if "avx512_bf16" in ISAS else []
 HALF_ULP = 2.0**-8  # of bf16, relative
 
 
