@@ -65,7 +65,8 @@ Matrix matrix(const py::array& array, const char* name) {
   if (array.ndim() != 2 || array.shape(0) > kMost || array.shape(1) > kMost)
     fail(is + "have two dimensions below 2^31");
   const py::ssize_t size = array.itemsize();
-  if ((array.shape(1) > 1 && array.strides(1) != size) || array.strides(0) % size != 0 ||
+  const bool contiguous = array.size() == 0 || array.shape(1) == 1 || array.strides(1) == size;
+  if (!contiguous || array.strides(0) % size != 0 ||
       reinterpret_cast<std::uintptr_t>(array.data()) % static_cast<std::uintptr_t>(size) != 0) {
     fail(is + "have contiguous, aligned rows");
   }

@@ -5,7 +5,7 @@
 namespace millrace {
 
 void matmul_bf16_avx2(const PackedMatrix& weights, const Activations& x, const MatmulOutput& output, Ranges ranges) {
-  matmul_bf16<WidenedMultiply<6>>(weights, x, output, ranges);
+  matmul_bf16<WidenedMultiply<5, 1>>(weights, x, output, ranges);
 }
 
 }  // namespace millrace

@@ -6,7 +6,7 @@ namespace millrace {
 namespace {
 
 struct PairMultiply {
-  static constexpr int kMostRows = 12;
+  static constexpr int kMostRows = 12, kFewRows = 7;
 
   template <int kRows, int kCount>
   static void add(const std::byte* weights, const std::byte* x, std::int64_t row_bytes, F32 (&sums)[kRows][kCount]) {

@@ -6,9 +6,9 @@
 namespace millrace {
 namespace {
 
-template <int kMost>
+template <int kMost, int kFew>
 struct WidenedMultiply {
-  static constexpr int kMostRows = kMost;
+  static constexpr int kMostRows = kMost, kFewRows = kFew;
 
   template <int kRows, int kCount>
   static void add(const std::byte* weights, const std::byte* x, std::int64_t row_bytes, F32 (&sums)[kRows][kCount]) {
@@ -21,6 +21,7 @@ struct WidenedMultiply {
 #pragma GCC unroll 4
       for (int i = 0; i < kCount; ++i) sums[r][i] = fma(value, w[i], sums[r][i]);
     }
+    asm("" : "+r"(weights), "+r"(x));  // to load pairs again: kept since the lower halves they would fill the registers
 #pragma GCC unroll 4
     for (int i = 0; i < kCount; ++i) w[i] = upper(load_pairs(weights + vector_offset(i)));
 #pragma GCC unroll 16
