@@ -13,6 +13,7 @@ inline void store_weights(Weight* out, F32 x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x.v)));
 }
 inline void store_rounded(Weight* out, F32 x) { store_weights(out, x); }
+
 // sums[r][c] += weights[r] . panels[c], R rows kSpan apart and C panels, `steps` pairs of each; asks for what is
 // `after` them.
 template <std::int32_t R, std::int32_t C>

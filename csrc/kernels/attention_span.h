@@ -1,7 +1,8 @@
 // Where the keys and values of a span lie, as bf16 that nothing poisons, and what will be read after them.
 //
 // Blocks are anywhere in memory, so no hardware guesses which is next: each, while it is read, asks for the one that is
-// read kAhead blocks later (fewer where there are fewer). Blocks of keys come first, then those of values, then the keys of the next span.
+// read kAhead blocks later (fewer where there are fewer). Blocks of keys come first, then those of values, then the
+// keys of the next span.
 #pragma once
 
 #include "attention_kernels.h"

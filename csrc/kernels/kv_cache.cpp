@@ -18,6 +18,9 @@ std::uint16_t to_bf16(float x) {
   return static_cast<std::uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 
+// Ties to even, for |x| < 2^22: the sum has no room for a fraction.
+float nearest(float x) { return (x + 12582912.0F) - 12582912.0F; }
+
 // Token `offset` of a block of one head; dims beyond head_dim become zero.
 template <typename T, typename Convert>
 void write_keys(T* block, std::int32_t offset, const float* x, std::int32_t head_dim, Convert convert) {
@@ -68,8 +71,9 @@ void write_kv(const KVCache& cache, std::int64_t slot, const float* keys, const 
     }
     const auto quantizer = [](float scale) {
       return [scale](float x) {
-        const float q = std::nearbyint(x / scale);
-        return std::abs(q) <= 127.0F ? static_cast<std::int8_t>(q) : std::int8_t{0};
+        const float q = x / scale;
+        return std::abs(q) < 128.0F ? static_cast<std::int8_t>(nearest(q))
+                                    : std::int8_t{0};  // else: 0 / 0, or not finite
       };
     };
     float* scales = cache.scales + block * 2 * kBlockTokens + offset;

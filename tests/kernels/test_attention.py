@@ -163,6 +163,20 @@ def test_same_bits_for_any_number_of_threads(threads: int, step: tuple[int, int,
     assert_close(alone[0], case.expected(*step), isa)
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+@pytest.mark.parametrize("window", [1, 30, 31, 290])
+def test_nothing_before_the_window_is_read(window: int, dtype: DType, isa: str) -> None:
+    """Its blocks may have gone to others."""
+    case = Case(heads=2, kv_heads=1, dim=16, contexts=(700,), dtype=dtype)
+    begin, end = 640, 650
+    expected = case.expected(0, begin, end, window=window)
+    gone = np.arange(begin - window + 1)
+    slots = case.tables[0, gone // BLOCK_TOKENS].astype(np.int64) * BLOCK_TOKENS + gone % BLOCK_TOKENS
+    poison = np.full((len(gone), 16), np.nan, np.float32)
+    write(case.cache, slots, poison, poison)
+    assert_close(case.run([(0, begin, end)], window=window)[0], expected, isa)
+
+
 def test_encoder_of_many_short_texts(isa: str) -> None:
     case = Case(heads=3, kv_heads=3, dim=32, contexts=(25, 1, 31, 32, 64, 2, 25, 512))
     steps = [(row, 0, context) for row, context in enumerate(case.contexts)]

@@ -19,6 +19,7 @@ inline constexpr std::int32_t kSpan = 256;
 
 // Quantises or rounds keys and values of one token and stores them in slot block * 32 + offset.
 // keys, values: float32 [kv_heads][head_dim] (keys already rotated).
+// Different tokens may be written by different threads.
 void write_kv(const KVCache& cache, std::int64_t slot, const float* keys, const float* values, Isa isa);
 
 // R rows of one layer; row i owns tokens offsets[i] to offsets[i + 1].

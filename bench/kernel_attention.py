@@ -1,0 +1,107 @@
+"""Cases of attention for `millrace.bench.kernels`: each beside PyTorch's, which is spared the pages.
+
+Decodes are bound by reading keys and values (`bytes`), prefills by multiplying (`operations`, of what is seen only).
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from millrace.kernels.attention import BLOCK_TOKENS, attend, kv_cache, write
+
+DType = Literal["bf16", "int8"]
+
+
+class Shape(NamedTuple):
+    name: str
+    rows: int
+    tokens: int  # of each row
+    context: int
+    heads: int
+    kv_heads: int
+    dim: int
+    causal: bool = True
+
+
+SHAPES = (
+    Shape("decode 8 x 4096", 8, 1, 4096, 32, 8, 64),
+    Shape("decode 256 x 100", 256, 1, 100, 32, 8, 64),
+    Shape("prefill 2048", 1, 2048, 2048, 32, 8, 64),
+    Shape("prefill 1024, 128", 1, 1024, 1024, 32, 8, 128),
+    Shape("encoder 64 x 25", 64, 25, 25, 12, 12, 32, causal=False),
+    Shape("encoder 4 x 512", 4, 512, 512, 12, 12, 32, causal=False),
+)
+
+
+class Case(NamedTuple):
+    kernel: str
+    case: str
+    rows: int
+    ours: Callable[[], object]
+    peer: Callable[[], object]
+    bytes: int  # of keys and values
+    operations: int  # a multiplication and its addition being two
+
+
+def cases() -> Iterator[Case]:
+    for dtype in ("bf16", "int8"):
+        for shape in SHAPES:
+            yield case(shape, dtype)
+
+
+def case(shape: Shape, dtype: DType) -> Case:
+    rng = np.random.default_rng(0)
+    blocks = -(-shape.context // BLOCK_TOKENS)
+    tables = rng.permutation(shape.rows * blocks).astype(np.int32).reshape(shape.rows, blocks)
+    cache = kv_cache(tables.size, shape.kv_heads, shape.dim, dtype)
+    positions = np.arange(shape.context)
+    keys, values = (
+        rng.standard_normal((shape.context, shape.kv_heads * shape.dim)).astype(np.float32) for _ in range(2)
+    )
+    for table in tables:
+        slots = table[positions // BLOCK_TOKENS].astype(np.int64) * BLOCK_TOKENS + positions % BLOCK_TOKENS
+        write(cache, slots, keys, values)
+    q = rng.standard_normal((shape.rows * shape.tokens, shape.heads * shape.dim)).astype(np.float32)
+    ours = partial(
+        attend,
+        q,
+        cache,
+        heads=shape.heads,
+        offsets=np.arange(shape.rows + 1, dtype=np.int32) * np.int32(shape.tokens),
+        context_lens=np.full(shape.rows, shape.context, np.int32),
+        block_tables=tables,
+        scale=shape.dim**-0.5,
+        causal=shape.causal,
+        out=np.empty_like(q),
+    )
+    seen = shape.tokens * shape.context - (shape.tokens * (shape.tokens - 1) // 2 if shape.causal else 0)
+    return Case(
+        kernel="attention",
+        case=f"{shape.name} {dtype}",
+        rows=shape.rows,
+        ours=ours,
+        peer=peer(shape, q, keys, values),
+        bytes=cache.keys.nbytes + cache.values.nbytes + cache.scales.nbytes,
+        operations=4 * shape.rows * shape.heads * shape.dim * seen,
+    )
+
+
+def peer(shape: Shape, q: NDArray[np.float32], *kv: NDArray[np.float32]) -> Callable[[], object]:
+    def heads(x: torch.Tensor, tokens: int, count: int) -> torch.Tensor:
+        return x.view(-1, tokens, count, shape.dim).transpose(1, 2).contiguous().bfloat16()
+
+    keys, values = (heads(torch.from_numpy(x), shape.context, shape.kv_heads) for x in kv)
+    keys, values = (x.repeat(shape.rows, 1, 1, 1) for x in (keys, values))
+    return partial(
+        F.scaled_dot_product_attention,
+        heads(torch.from_numpy(q), shape.tokens, shape.heads),
+        keys,
+        values,
+        is_causal=shape.causal and shape.tokens > 1,
+        enable_gqa=shape.heads != shape.kv_heads,
+    )
