@@ -107,7 +107,7 @@ def test_extremes_do_not_overflow(isa: str, width: Width, group: int) -> None:
 def finish(sums: Array, epilogue: Epilogue, activation: Activation, out: Array) -> Array:
     def activate(y: Array) -> Array:
         y = y.astype(np.float64)
-        return np.asarray(y / (1 + np.exp(-y)) if activation == "silu" else np.maximum(y, 0))
+        return np.asarray(y * np.exp(-np.logaddexp(0, -y)) if activation == "silu" else np.maximum(y, 0))
 
     if epilogue == "gate":
         blocks = sums.reshape(len(sums), -1, 2, 16)
