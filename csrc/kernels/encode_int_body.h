@@ -2,6 +2,7 @@
 #pragma once
 
 #include "matmul_encode.h"
+#include "quantization.h"
 
 namespace millrace {
 namespace {
@@ -17,9 +18,6 @@ inline F32 read(const Number* x, std::int32_t i, std::int32_t k) {
   if (k - i >= kLanes) return read(x + i);
   return i < k ? read(x + i, k - i) : zero();
 }
-
-// Magnitudes below this count as zero: the inverse of the scale must be finite.
-inline constexpr float kLeastMagnitude = 0x1p-100F;
 
 struct Scale {
   float scale, inverse;

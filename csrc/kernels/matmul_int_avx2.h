@@ -22,26 +22,29 @@ inline __m256i load_quad(const std::byte* p) {
 // What sums of int8 weights start at: add_int8 takes their 128 off.
 inline I32 start(std::int32_t) { return fill(0); }
 
-// 64 k: weights[2 tiles][16 quads][16 channels][4]. The unsigned operand of maddubs is |w|, the signed one takes the
-// sign of w: 2 * 127 * 127 fits 16 bits.
+// 64 k: weights[2 tiles][16 quads][16 channels][4], read and prefetched in order. The unsigned operand of maddubs is
+// |w|, the signed one takes the sign of w: 2 * 127 * 127 fits 16 bits.
 template <std::int32_t kRows>
 inline void add_int8(I32 (&sums)[kRows][kVectors], const std::byte* weights, const std::byte* ahead, const std::byte* x,
                      std::size_t row_bytes) {
   const __m256i offset = _mm256_set1_epi8(-128);
   const __m256i ones = _mm256_set1_epi16(1);
-  for (std::int32_t quad = 0; quad < 16; ++quad) {
-    prefetch(ahead + quad * 64);
-    prefetch(ahead + 1024 + quad * 64);
+#pragma GCC unroll 2
+  for (std::int32_t tile = 0; tile < 2; ++tile) {
+    for (std::int32_t quad = 0; quad < 16; ++quad) {
+      const std::int32_t line = (tile * 16 + quad) * 64;
+      prefetch(ahead + line);
+#pragma GCC unroll 2
+      for (std::int32_t v = 0; v < 2; ++v) {
+        const __m256i w = _mm256_xor_si256(load_half_line(weights + line + v * 32), offset);
+        const __m256i size = _mm256_abs_epi8(w);
 #pragma GCC unroll 16
-    for (std::int32_t v = 0; v < kVectors; ++v) {
-      const std::byte* line = weights + v / 2 * 1024 + quad * 64 + v % 2 * 32;
-      const __m256i w = _mm256_xor_si256(load_half_line(line), offset);
-      const __m256i size = _mm256_abs_epi8(w);
-#pragma GCC unroll 16
-      for (std::int32_t r = 0; r < kRows; ++r) {
-        const __m256i signed_x = _mm256_sign_epi8(load_quad(x + static_cast<std::size_t>(r) * row_bytes + quad * 4), w);
-        const __m256i products = _mm256_madd_epi16(_mm256_maddubs_epi16(size, signed_x), ones);
-        sums[r][v].v = _mm256_add_epi32(sums[r][v].v, products);
+        for (std::int32_t r = 0; r < kRows; ++r) {
+          const __m256i x_quad = load_quad(x + static_cast<std::size_t>(r) * row_bytes + quad * 4);
+          const __m256i products = _mm256_maddubs_epi16(size, _mm256_sign_epi8(x_quad, w));
+          __m256i& sum = sums[r][tile * 2 + v].v;
+          sum = _mm256_add_epi32(sum, _mm256_madd_epi16(products, ones));
+        }
       }
     }
   }

@@ -19,28 +19,26 @@ inline __m512i load_quad(const std::byte* p) {
   return _mm512_set1_epi32(quad);
 }
 
-template <std::int32_t kRows>
-inline void add_quad(I32 (&sums)[kRows][kVectors], __m512i low, __m512i high, const std::byte* x,
-                     std::size_t row_bytes) {
-#pragma GCC unroll 16
-  for (std::int32_t r = 0; r < kRows; ++r) {
-    const __m512i quad = load_quad(x + static_cast<std::size_t>(r) * row_bytes);
-    sums[r][0].v = _mm512_dpbusd_epi32(sums[r][0].v, low, quad);
-    sums[r][1].v = _mm512_dpbusd_epi32(sums[r][1].v, high, quad);
-  }
-}
-
 // What sums of int8 weights start at: these are stored as w + 128.
 inline I32 start(std::int32_t row_sum) { return fill(-128 * row_sum); }
 
-// 64 k: weights[2 tiles][16 quads][16 channels][4].
+// 64 k: weights[2 tiles][16 quads][16 channels][4]. Read and prefetched in order: twice as fast from memory as
+// both tiles at once.
 template <std::int32_t kRows>
 inline void add_int8(I32 (&sums)[kRows][kVectors], const std::byte* weights, const std::byte* ahead, const std::byte* x,
                      std::size_t row_bytes) {
-  for (std::int32_t quad = 0; quad < 16; ++quad) {
-    prefetch(ahead + quad * 64);
-    prefetch(ahead + 1024 + quad * 64);
-    add_quad(sums, load_line(weights + quad * 64), load_line(weights + 1024 + quad * 64), x + quad * 4, row_bytes);
+#pragma GCC unroll 2
+  for (std::int32_t tile = 0; tile < 2; ++tile) {
+    for (std::int32_t quad = 0; quad < 16; ++quad) {
+      const std::int32_t line = (tile * 16 + quad) * 64;
+      prefetch(ahead + line);
+      const __m512i w = load_line(weights + line);
+#pragma GCC unroll 16
+      for (std::int32_t r = 0; r < kRows; ++r) {
+        const __m512i x_quad = load_quad(x + static_cast<std::size_t>(r) * row_bytes + quad * 4);
+        sums[r][tile].v = _mm512_dpbusd_epi32(sums[r][tile].v, w, x_quad);
+      }
+    }
   }
 }
 
@@ -52,8 +50,14 @@ inline void add_int4(I32 (&sums)[kRows][kVectors], const std::byte* weights, con
   for (std::int32_t quad = 0; quad < 8; ++quad) {
     prefetch(ahead + quad * 64);
     const __m512i both = load_line(weights + quad * 64);
-    add_quad(sums, _mm512_and_si512(both, mask), _mm512_and_si512(_mm512_srli_epi16(both, 4), mask), x + quad * 4,
-             row_bytes);
+    const __m512i low = _mm512_and_si512(both, mask);
+    const __m512i high = _mm512_and_si512(_mm512_srli_epi16(both, 4), mask);
+#pragma GCC unroll 16
+    for (std::int32_t r = 0; r < kRows; ++r) {
+      const __m512i x_quad = load_quad(x + static_cast<std::size_t>(r) * row_bytes + quad * 4);
+      sums[r][0].v = _mm512_dpbusd_epi32(sums[r][0].v, low, x_quad);
+      sums[r][1].v = _mm512_dpbusd_epi32(sums[r][1].v, high, x_quad);
+    }
   }
 }
 

@@ -60,21 +60,23 @@ inline I32 quad_of(const Code& code_at) {
 
 inline constexpr std::int32_t kVectors = kColumns / kLanes;
 
-inline Best search_int8(const float* w, std::int32_t count, const Lanes& lanes) {
+inline constexpr float kNoError = 3e38F;  // none found yet
+inline constexpr std::int32_t kRefinements = 2;
+
+inline Codes search_int8(const float* w, std::int32_t count, const Lanes& lanes) {
   const auto exact = [](F32 step) { return step; };
   const auto candidate = [&](float ratio) {
     const F32 step = where_less(zero(), lanes.largest, fill(ratio / 127.0F), zero());
     return Codes{step, fill(-127.0F), fill(127.0F)};
   };
-  Best best{candidate(1.0F), zero()};
-  for (std::int32_t i = 0; i < 3; ++i) {
-    const float ratio = 1.0F - 0.2F * static_cast<float>(i);
-    const Codes pair[2] = {candidate(ratio), candidate(ratio - 0.1F)};
-    try_codes(w, count, pair, exact, best);
+  Best best{candidate(1.0F), fill(kNoError)};
+  const Codes grid[3] = {candidate(1.0F), candidate(0.9F), candidate(0.8F)};
+  try_codes(w, count, grid, exact, best);
+  for (std::int32_t i = 0; i < kRefinements; ++i) {
+    const Codes refined[1] = {best.codes};
+    try_codes(w, count, refined, exact, best);
   }
-  const Codes refined[1] = {best.codes};
-  try_codes(w, count, refined, exact, best);
-  return best;
+  return best.codes;
 }
 
 inline bool quantize_int8(const PackedMatrix& matrix, std::int32_t block, Channels channels, float* scratch) {
@@ -84,7 +86,7 @@ inline bool quantize_int8(const PackedMatrix& matrix, std::int32_t block, Channe
   for (std::int32_t v = 0; v < kVectors; ++v) {
     if (!gather(channels, v * kLanes, matrix.k, 0, padded_k, scratch)) return false;
     const Lanes lanes = normalize(scratch, padded_k);
-    const Codes codes = search_int8(scratch, padded_k, lanes).codes;
+    const Codes codes = search_int8(scratch, padded_k, lanes);
     store(scales + v * kLanes, codes.step * lanes.largest);
     const F32 inverse = inverse_of(codes.step);
     for (std::int32_t quad = 0; quad < padded_k / 4; ++quad) {
@@ -99,7 +101,7 @@ inline bool quantize_int8(const PackedMatrix& matrix, std::int32_t block, Channe
   return true;
 }
 
-inline Best search_int4(const float* w, std::int32_t count, const Lanes& lanes) {
+inline Codes search_int4(const float* w, std::int32_t count, const Lanes& lanes) {
   const auto stored = [&](F32 step) { return round_to_bf16(step * lanes.largest) * lanes.inverse; };
   const auto with_zero = [](F32 step, F32 zero_point) {
     const F32 point = min(max(zero_point, zero()), fill(15.0F));
@@ -109,19 +111,19 @@ inline Best search_int4(const float* w, std::int32_t count, const Lanes& lanes) 
     const F32 step = stored((lanes.high - lanes.low) * fill(ratio / 15.0F));
     return with_zero(step, round((zero() - lanes.low) * fill(ratio) * inverse_of(step)));
   };
-  Best best{candidate(1.0F), zero()};
+  Best best{candidate(1.0F), fill(kNoError)};
   for (std::int32_t i = 0; i < 5; ++i) {
-    const float ratio = 1.05F - 0.1F * static_cast<float>(i);
-    const Codes pair[2] = {candidate(ratio), candidate(ratio - 0.05F)};
+    const auto ratio = static_cast<float>(21 - 2 * i);
+    const Codes pair[2] = {candidate(ratio / 20.0F), candidate((ratio - 1.0F) / 20.0F)};
     try_codes(w, count, pair, stored, best);
   }
-  for (std::int32_t i = 0; i < 2; ++i) {
+  for (std::int32_t i = 0; i < kRefinements; ++i) {
     const F32 point = zero() - best.codes.least;
     const Codes neighbours[3] = {best.codes, with_zero(best.codes.step, point - fill(1.0F)),
                                  with_zero(best.codes.step, point + fill(1.0F))};
     try_codes(w, count, neighbours, stored, best);
   }
-  return best;
+  return best.codes;
 }
 
 inline bool quantize_int4(const PackedMatrix& matrix, std::int32_t block, Channels channels, float* scratch) {
@@ -138,7 +140,7 @@ inline bool quantize_int4(const PackedMatrix& matrix, std::int32_t block, Channe
     for (std::int32_t v = 0; v < kVectors; ++v) {
       if (!gather(channels, v * kLanes, matrix.k, first_k, last_k, scratch)) return false;
       const Lanes lanes = normalize(scratch, last_k - first_k);
-      const Codes codes = search_int4(scratch, last_k - first_k, lanes).codes;
+      const Codes codes = search_int4(scratch, last_k - first_k, lanes);
       const F32 inverse = inverse_of(codes.step);
       store_bf16(scales + g * kColumns + v * kLanes, codes.step * lanes.largest);
       store_bytes(reinterpret_cast<std::int8_t*>(zeros + g * kColumns + v * kLanes), to_int(zero() - codes.least));

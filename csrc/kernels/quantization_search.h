@@ -6,9 +6,6 @@
 namespace millrace {
 namespace {
 
-// Magnitudes below this count as zero: the inverse of the largest one must be finite.
-inline constexpr float kLeastMagnitude = 0x1p-100F;
-
 inline F32 round_to_bf16(F32 x) {
   const I32 b = bits(x);
   const I32 odd = shift_right(b, 16) & fill(1);
@@ -46,40 +43,46 @@ inline F32 code(F32 w, F32 inverse_step, const Codes& codes) {
   return min(max(round(w * inverse_step), codes.least), codes.most);
 }
 
-// The best found so far. `gain`: by how much the squared error is below that of all zeros.
+// The best found so far, and its squared error.
 struct Best {
   Codes codes;
-  F32 gain;
+  F32 error;
 };
 
-// Tries kCount candidates at once; `stored` rounds a step as it will be stored.
-template <std::int32_t kCount, typename Stored_>
-inline void try_codes(const float* w, std::int32_t count, const Codes (&candidates)[kCount], const Stored_& stored,
+// Tries kCount candidates at once. Sums are those of residuals, which lose nothing where errors are small: with codes d
+// and residuals r = w - step * d, moving the step by x changes the error by x * (x * sum d^2 - 2 * sum r d).
+// `stored` rounds a step as it will be stored.
+template <std::int32_t kCount, typename Rounding>
+inline void try_codes(const float* w, std::int32_t count, const Codes (&candidates)[kCount], const Rounding& stored,
                       Best& best) {
   F32 inverse[kCount];
-  F32 products[kCount];  // of values and codes
+  F32 errors[kCount];
+  F32 products[kCount];  // of residuals and codes
   F32 squares[kCount];   // of codes
   for (std::int32_t c = 0; c < kCount; ++c) {
     inverse[c] = inverse_of(candidates[c].step);
-    products[c] = squares[c] = zero();
+    errors[c] = products[c] = squares[c] = zero();
   }
   for (std::int32_t i = 0; i < count; ++i) {
     const F32 value = load(w + i * kLanes);
 #pragma GCC unroll 8
     for (std::int32_t c = 0; c < kCount; ++c) {
       const F32 d = code(value, inverse[c], candidates[c]);
-      products[c] = fma(value, d, products[c]);
+      const F32 residual = fma(zero() - candidates[c].step, d, value);
+      errors[c] = fma(residual, residual, errors[c]);
+      products[c] = fma(residual, d, products[c]);
       squares[c] = fma(d, d, squares[c]);
     }
   }
   for (std::int32_t c = 0; c < kCount; ++c) {
-    const F32 step = stored(where_less(zero(), squares[c], products[c] / max(squares[c], fill(1.0F)), zero()));
-    const F32 gain = step * fma(zero() - step, squares[c], products[c] + products[c]);
-    const auto better = [&](F32 yes, F32 no) { return where_less(best.gain, gain, yes, no); };
+    const F32 step = stored(candidates[c].step + products[c] / max(squares[c], fill(1.0F)));
+    const F32 move = step - candidates[c].step;
+    const F32 error = fma(move, fma(move, squares[c], zero() - (products[c] + products[c])), errors[c]);
+    const auto better = [&](F32 yes, F32 no) { return where_less(error, best.error, yes, no); };
     best.codes.step = better(step, best.codes.step);
     best.codes.least = better(candidates[c].least, best.codes.least);
     best.codes.most = better(candidates[c].most, best.codes.most);
-    best.gain = better(gain, best.gain);
+    best.error = better(error, best.error);
   }
 }
 

@@ -14,9 +14,9 @@ Array = NDArray[Any]
 def encode(x: Float32) -> tuple[NDArray[np.int32], Float32]:
     """Rows [m, k] as whole numbers in [-127, 127] and their scales [m]: x is nearly scales * numbers.
 
-    A row whose magnitudes are all below 2^-100 becomes zeros with scale 0; one that holds NaN or infinity, NaN.
+    A row whose magnitudes are all below 2^-118 becomes zeros with scale 0; one that holds NaN or infinity, NaN.
     """
-    finite = np.isfinite(x).all(axis=1)
+    finite = np.asarray(np.isfinite(x).all(axis=1))
     largest = np.where(finite, np.abs(np.where(finite[:, None], x, 0)).max(axis=1), 0).astype(np.float32)
     live = largest >= np.float32(LEAST_MAGNITUDE)
     scales = np.where(live, largest / np.float32(127), np.float32(0)).astype(np.float32)

@@ -3,7 +3,7 @@
 A channel (int8) or a group of it (int4) is w = s * d, d whole numbers: [-127, 127], or [0, 15] less a zero point in
 [0, 15]. Round-to-nearest takes s from the extremes. Here a grid of clipped ranges is tried; for each the codes, for
 these codes the best s in closed form (least squares), and the best of all is refined the same way, with the
-neighbouring zero points: alternating minimisation, as LAPQ (arXiv 1911.07190) and the k-quants of llama.cpp do.
+neighbouring zero points: the method of make_qkx2_quants of llama.cpp (ggml-quants.c), for whole zero points.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 Float32 = NDArray[np.float32]
 Array = NDArray[Any]
 
-LEAST_MAGNITUDE = 2.0**-100  # below it a number counts as zero
+LEAST_MAGNITUDE = 2.0**-118  # below it a number counts as zero
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +49,15 @@ def quantize(weight: Float32, group: int = 0, search: bool = True) -> Quantized:
     largest = np.abs(rows).max(axis=1)
     live = largest >= LEAST_MAGNITUDE
     rows = np.where(live[:, None], rows / np.where(live, largest, 1)[:, None], 0)
-    best = Search(rows, largest * live, integer_bits=4 if group else 8)
-    best.consider(1.0)
+    best = Search(rows, largest * live, int4=group > 0)
+    best.step, best.zero = best.candidate(1.0)
     if search:
-        for ratio in np.arange(1.05, 0.55, -0.05) if group else np.arange(1.0, 0.45, -0.1):
-            best.consider(float(ratio))
+        for ratio in np.arange(21, 11, -1) / 20 if group else (1.0, 0.9, 0.8):
+            best.try_codes(*best.candidate(ratio))
         for _ in range(2):
+            step, zero = best.step, best.zero
             for shift in (0, -1, 1) if group else (0,):
-                best.refine(shift)
+                best.try_codes(step, np.clip(zero + shift, 0, 15))
     codes = best.codes(best.step, best.zero).reshape(n, -1)[:, :k]
     scales = (best.step * largest).astype(np.float32).reshape(n, groups)
     return Quantized(codes.astype(np.int32), scales, best.zero.astype(np.int32).reshape(n, groups), size)
@@ -65,11 +66,11 @@ def quantize(weight: Float32, group: int = 0, search: bool = True) -> Quantized:
 class Search:
     """The best step and zero point found for rows [r, size], whose largest magnitude is divided out."""
 
-    def __init__(self, rows: Array, largest: Array, integer_bits: int) -> None:
-        self.rows, self.largest, self.int4 = rows, largest, integer_bits == 4
+    def __init__(self, rows: Array, largest: Array, int4: bool) -> None:
+        self.rows, self.largest, self.int4 = rows, largest, int4
         self.step = np.zeros(len(rows))
         self.zero = np.zeros(len(rows))
-        self.gain = np.full(len(rows), -np.inf)  # by how much the squared error is below that of all zeros
+        self.error = np.full(len(rows), np.inf)
 
     def stored(self, step: Array) -> Array:
         """As the scale will be stored: bfloat16 for int4."""
@@ -82,25 +83,20 @@ class Search:
         least, most = (-zero, 15 - zero) if self.int4 else (zero - 127, zero + 127)
         return np.clip(np.rint(self.rows * inverse[:, None]), least[:, None], most[:, None])
 
-    def consider(self, ratio: float) -> None:
-        """Codes of the range between the extremes, and zero, times `ratio`."""
+    def candidate(self, ratio: float) -> tuple[Array, Array]:
+        """Step and zero point of the range between the extremes, and zero, times `ratio`."""
         if not self.int4:
-            self.try_codes(np.where(self.largest > 0, ratio / 127, 0), np.zeros(len(self.rows)))
-            return
+            return np.where(self.largest > 0, ratio / 127, 0), np.zeros(len(self.rows))
         low, high = np.minimum(self.rows.min(axis=1), 0), np.maximum(self.rows.max(axis=1), 0)
         step = self.stored((high - low) * ratio / 15)
-        zero = np.clip(np.rint(-low * ratio / np.where(step > 0, step, np.inf)), 0, 15)
-        self.try_codes(step, zero)
-
-    def refine(self, shift: int) -> None:
-        self.try_codes(self.step, np.clip(self.zero + shift, 0, 15) if self.int4 else self.zero)
+        return step, np.clip(np.rint(-low * ratio / np.where(step > 0, step, np.inf)), 0, 15)
 
     def try_codes(self, step: Array, zero: Array) -> None:
         """Takes the best step for the codes that `step` and `zero` lead to, if it is the best so far."""
         codes = self.codes(step, zero)
         products, squares = (self.rows * codes).sum(axis=1), (codes * codes).sum(axis=1)
-        best = self.stored(np.where(squares > 0, products / np.maximum(squares, 1), 0))
-        gain = best * (2 * products - best * squares)
-        better = gain > self.gain
+        best = self.stored(products / np.maximum(squares, 1))
+        error = ((self.rows - best[:, None] * codes) ** 2).sum(axis=1)
+        better = error < self.error
         self.step, self.zero = np.where(better, best, self.step), np.where(better, zero, self.zero)
-        self.gain = np.where(better, gain, self.gain)
+        self.error = np.where(better, error, self.error)

@@ -73,7 +73,8 @@ struct Activations {
 std::size_t activation_row_bytes(Width width, std::int32_t k);
 std::int32_t activation_groups(Width width, std::int32_t k, std::int32_t group);  // of the padded k; bf16 has none
 
-// Rounds (bf16) or quantises (integers: scale = max |x| / 127, round to nearest even; all zeros: scale 0) one row of k.
+// Rounds (bf16) or quantises (integers: scale = max |x| / 127, round to nearest even) one row of k. Integers: a row of
+// magnitudes below 2^-118 becomes zeros with scale 0; one that holds NaN or infinity zeros with scale NaN.
 void encode_row(const Activations& to, std::int32_t row, const float* x, Isa isa);
 void encode_row_bf16(const Activations& to, std::int32_t row, const std::uint16_t* x, Isa isa);
 
