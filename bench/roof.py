@@ -8,6 +8,7 @@ import argparse
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -44,7 +45,7 @@ class Roof:
 def measure_roof(threads: int | None = None, seconds: float = 0.5) -> Roof:
     """`threads`: all of this process by default. `seconds`: of each of the measurements, about twenty."""
     count = threads or len(os.sched_getaffinity(0))
-    l2 = os.sysconf("SC_LEVEL2_CACHE_SIZE") or DEFAULT_L2
+    l3_bytes = L2_MULTIPLE * l2_bytes()
 
     def read(what: str, size: int, of_all: int) -> Rate:
         one = _C.roof_read(bytes=size, threads=1, seconds=seconds)
@@ -59,9 +60,18 @@ def measure_roof(threads: int | None = None, seconds: float = 0.5) -> Roof:
     return Roof(
         threads=count,
         dram=read("DRAM read", DRAM_BYTES, DRAM_BYTES),
-        l3=read("L3 read", l2 * L2_MULTIPLE, l2 * L2_MULTIPLE * count),
+        l3=read("L3 read", l3_bytes, l3_bytes * count),
         loops=tuple(compute(arithmetic, isa) for arithmetic, isa in _C.roof_loops()),
     )
+
+
+def l2_bytes() -> int:
+    """Of one core."""
+    try:
+        text = Path("/sys/devices/system/cpu/cpu0/cache/index2/size").read_text()
+    except OSError:
+        return DEFAULT_L2
+    return int(text.strip().removesuffix("K")) * 1024
 
 
 def isas_up_to(isa: str) -> list[str]:

@@ -21,10 +21,11 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr std::int64_t kRegister = 32;                   // bytes of an AVX2 register
-constexpr std::int64_t kTile = 16 * 16;                  // sums of an AMX tile
-constexpr auto kRun = std::chrono::microseconds(2'000);  // of registers only: short enough to fit between interrupts
-constexpr std::size_t kStep = 256;                       // bytes that a reading loop takes at once
+constexpr std::int64_t kRegister = 32;                    // bytes of an AVX2 register
+constexpr std::int64_t kTile = 16 * 16;                   // sums of an AMX tile
+constexpr auto kRun = std::chrono::microseconds(2'000);   // of registers only: short enough to fit between interrupts
+constexpr std::size_t kStep = 256;                        // bytes that a reading loop takes at once
+constexpr std::size_t kReadRun = std::size_t{64} << 20U;  // bytes of a thread
 constexpr std::size_t kHugePage = std::size_t{2} << 20U;
 
 bool has(Isa isa) {
@@ -146,13 +147,19 @@ double measure_read(std::size_t bytes, int threads, double seconds) {
   const auto count = static_cast<std::size_t>(threads);
   const std::size_t part = std::max(bytes / count / kStep, std::size_t{1}) * kStep;
   const HugePages memory((part * count + kHugePage - 1) / kHugePage * kHugePage);
-  // Small parts are read often, so that starting the threads does not count.
-  const std::size_t times = std::max(kHugePage * 32 / part, std::size_t{1});
+  // A run is short enough to fit between interrupts. It goes on where the last one ended, so that a part which is
+  // larger than the cache never finds itself there; small parts are read many times over.
+  const std::size_t slice = std::min(part, kReadRun);
+  const std::size_t times = kReadRun / slice;
+  std::vector<std::size_t> next(count);
   const double shortest = shortest_seconds(threads, seconds, [&](int thread) {
-    const char* own = memory.data() + static_cast<std::size_t>(thread) * part;
-    for (std::size_t i = 0; i < times; ++i) read(own, part);
+    const auto index = static_cast<std::size_t>(thread);
+    for (std::size_t i = 0; i < times; ++i) {
+      read(memory.data() + index * part + next[index], slice);
+      next[index] = next[index] + 2 * slice > part ? 0 : next[index] + slice;
+    }
   });
-  return static_cast<double>(part) * static_cast<double>(count) * static_cast<double>(times) / shortest;
+  return static_cast<double>(slice * times * count) / shortest;
 }
 
 }  // namespace millrace::roof

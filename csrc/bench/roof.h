@@ -24,7 +24,8 @@ std::vector<Compute> compute_loops();
 double measure_compute(const Compute& loop, int threads, double seconds);
 
 // Bytes per second that `threads` pinned threads read together, each from its own part of `bytes` bytes in huge pages
-// (where the kernel grants them), again and again: the best of the runs that `seconds` hold. Throws std::bad_alloc.
+// (where the kernel grants them), again and again: the best of the runs of 64 MiB that `seconds` hold.
+// Throws std::bad_alloc.
 double measure_read(std::size_t bytes, int threads, double seconds);
 
 }  // namespace millrace::roof
