@@ -156,7 +156,7 @@ def write_shard(stream: BinaryIO, shard: list[Weight], random: np.random.Generat
     stream.write(len(text).to_bytes(8, "little") + text)
     for weight in shard:
         for part in drawn(weight, random):
-            stream.write(part)
+            stream.write(part.data)
 
 
 def drawn(weight: Weight, random: np.random.Generator) -> Iterator[NDArray[np.uint16]]:

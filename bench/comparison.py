@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +112,13 @@ def works(workload: Workload) -> Iterator[tuple[str, Callable[[Speeds], float | 
     """The rows of a table: a title, and how to read its number."""
     yield f"prefill {workload.prefill}", lambda speeds: speeds.prefill
     for batch in workload.batches:
-        yield f"decode, batch {batch}", lambda speeds, batch=batch: speeds.decode.get(batch)
+        yield f"decode, batch {batch}", partial(decode_speed, batch)
     mixed = f"{workload.requests} x ({workload.request_prompt} + {workload.request_output}), output"
     yield mixed, lambda speeds: speeds.mixed
+
+
+def decode_speed(batch: int, speeds: Speeds) -> float | None:
+    return speeds.decode.get(batch)
 
 
 def ratio(a: float | None, b: float | None, form: str) -> str:

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -58,38 +59,25 @@ def compare(arguments: argparse.Namespace, progress: Console) -> Comparison:
     """Everything is made before anything is measured; then one after the other."""
     work: Path = arguments.work_dir
     model, label = locate(arguments.model, work)
-    workload = QUICK if arguments.quick else Workload()
-    spec = Checkpoint.open(model).spec
-    isa = _C.isa()
+    asked = Work.of(Checkpoint.open(model).spec)
+    workload, isa, threads = QUICK if arguments.quick else Workload(), _C.isa(), arguments.threads
     prepared = {} if arguments.reuse_peers else prepare(model, label, arguments, progress)
-
-    def timed(name: str, width: str, measure: Callable[[], Result]) -> Result:
-        start = time.perf_counter()
-        result = measure()
-        seconds = time.perf_counter() - start
-        progress.print(f"{name} {width}: {seconds:.0f} s{f', {result.error}' if result.error else ''}")
-        return result
-
-    def peer_result(name: str, width: str, found: Path | PeerError) -> Result:
-        if isinstance(found, PeerError):
-            return Result(name, width, error=str(found))
-        try:
-            return Result(name, width, PEERS[name].run(found, width, arguments.threads, isa, workload, work))
-        except PeerError as error:
-            return Result(name, width, error=str(error))
-
-    roof = measure_roof(arguments.threads)
+    roof = measure_roof(threads, 0.05 if arguments.quick else 0.5)
     Console(width=120).print(roof_table(roof))
     results: list[Result] = []
     for width in arguments.widths:
-        results.append(timed(OURS, width, lambda w=width: measure_ours(model, w, arguments.threads, workload)))
+        measures = {OURS: partial(measure_ours, model, width, threads, workload)}
         for (name, of), found in prepared.items():
             if of == width:
-                results.append(timed(name, width, lambda n=name, w=of, f=found: peer_result(n, w, f)))
-    isas, asked = isas_up_to(isa), Work.of(spec)
+                measures[name] = partial(measure_peer, name, width, found, threads, isa, workload, work)
+        for name, measure in measures.items():
+            start = time.perf_counter()
+            results.append(measure())
+            progress.print(f"{name} {width}: {time.perf_counter() - start:.0f} s {results[-1].error or ''}")
+    isas = isas_up_to(isa)
     comparison = Comparison(
         label=label,
-        threads=arguments.threads,
+        threads=threads,
         isa=isa,
         workload=workload,
         roof=roof,
@@ -98,6 +86,18 @@ def compare(arguments: argparse.Namespace, progress: Console) -> Comparison:
         results=results,
     )
     return reused_peers(comparison, arguments.reuse_peers) if arguments.reuse_peers else comparison
+
+
+def measure_peer(
+    name: str, width: str, model: Path | PeerError, threads: int, isa: str, workload: Workload, work: Path
+) -> Result:
+    """`model`: the peer's form of the checkpoint, or why there is none."""
+    try:
+        if isinstance(model, PeerError):
+            raise model
+        return Result(name, width, PEERS[name].run(model, width, threads, isa, workload, work))
+    except PeerError as error:
+        return Result(name, width, error=str(error))
 
 
 def locate(model: str, work: Path) -> tuple[Path, str]:
