@@ -1,4 +1,4 @@
-"""Checkpoints of well-known shapes with random weights: `python -m millrace.bench.checkpoints NAME`.
+"""Checkpoints of well-known shapes with random weights: `python -m millrace.bench.checkpoints [NAME]`.
 
 Speed depends on a model's shape, not on what it has learned, so nothing has to be downloaded. The files are those of a
 published checkpoint, bfloat16, written tensor by tensor; the tokenizer has every id of the vocabulary, most of them
@@ -193,7 +193,7 @@ def write_tokenizer(directory: Path, config: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("name", choices=SHAPES)
+    parser.add_argument("name", nargs="?", choices=SHAPES, default="llama-3.2-1b", help="default: %(default)s")
     parser.add_argument("--work-dir", type=Path, default=work_directory(), help="default: %(default)s")
     arguments = parser.parse_args()
     try:

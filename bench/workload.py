@@ -32,7 +32,7 @@ class Workload:
     request_prompt: int = 256
     request_output: int = 64
     step_tokens: int = 2048  # that an engine may take in one step
-    repeats: int = 2  # of prefill and decode, of which the best counts
+    repeats: int = 2  # of work with one request, of which the best counts; larger work is its own average
 
     @property
     def context(self) -> int:
@@ -50,6 +50,9 @@ class Workload:
         """In the KV cache at once, at most."""
         decode = max(self.batches) * (self.decode_prompt + self.decode_output)
         return max(self.prefill + 1, decode, self.requests * (self.request_prompt + self.request_output))
+
+    def repeats_of(self, batch: int) -> int:
+        return self.repeats if batch == 1 else 1
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -97,10 +100,9 @@ class Meter:
         """One short request first, so that nobody pays for what happens once."""
         self._run(1, work.decode_prompt, 2)
         speeds = Speeds()
-        runs = range(work.repeats)
-        speeds.prefill = max(work.prefill / self._run(1, work.prefill, 1)[-1][0] for _ in runs)
+        speeds.prefill = max(work.prefill / self._run(1, work.prefill, 1)[-1][0] for _ in range(work.repeats))
         for batch in work.batches:
-            speeds.decode[batch] = max(self.decode(batch, work) for _ in runs)
+            speeds.decode[batch] = max(self.decode(batch, work) for _ in range(work.repeats_of(batch)))
         end = self._run(work.requests, work.request_prompt, work.request_output)[-1][0]
         speeds.mixed = work.requests * work.request_output / end
         return speeds

@@ -81,25 +81,28 @@ class LlamaCpp(Peer):
         build = "avx2" if isa == "avx2" or not has_avx512() else "avx512"
         program = self._root(work) / build / "bin" / "llama-batched-bench"
 
-        def measure(prompt: int, output: int, batches: tuple[int, ...]) -> dict[int, dict[str, float]]:
-            """What it printed, by batch."""
-            context = max(batches) * max(prompt + output, 256)  # it gives each sequence a multiple of 256
+        def measure(prompt: int, output: int, batch: int) -> dict[str, float]:
+            """What it printed; all in a process of its own."""
+            context = batch * -(-(prompt + output) // 256) * 256  # it gives each sequence a multiple of 256
             command = [str(program), "-m", str(model), "-c", str(context), "-b", str(workload.step_tokens)]
             command += ["-t", str(threads), "-tb", str(threads), "--output-format", "jsonl"]
-            command += ["-npp", str(prompt), "-ntg", str(output), "-npl", ",".join(map(str, batches))]
+            command += ["-npp", str(prompt), "-ntg", str(output), "-npl", str(batch)]
             rows = [json.loads(line) for line in call(command, work).splitlines() if line.startswith("{")]
-            if len(rows) != len(batches):
-                raise PeerError(f"{program.name} measured {len(rows)} of {len(batches)} batches")
-            return {int(row["pl"]): row for row in rows}
+            if len(rows) != 1:
+                raise PeerError(f"{program.name} printed {len(rows)} lines of results instead of one")
+            return dict(rows[0])
 
         speeds = Speeds()
-        for _ in range(workload.repeats):
-            prefill = measure(workload.prefill, 1, (1,))[1]["speed_pp"]
-            speeds.prefill = max(speeds.prefill or 0.0, prefill)
-            for batch, row in measure(workload.decode_prompt, workload.decode_output, workload.batches).items():
-                speeds.decode[batch] = max(speeds.decode.get(batch, 0.0), row["speed_tg"])
+        runs = [measure(workload.prefill, 1, 1) for _ in range(workload.repeats)]
+        speeds.prefill = max(run["speed_pp"] for run in runs)
+        for batch in workload.batches:
+            runs = [
+                measure(workload.decode_prompt, workload.decode_output, batch)
+                for _ in range(workload.repeats_of(batch))
+            ]
+            speeds.decode[batch] = max(run["speed_tg"] for run in runs)
         # All prompts, then all outputs together: what its own server does at best.
-        mixed = measure(workload.request_prompt, workload.request_output, (workload.requests,))[workload.requests]
+        mixed = measure(workload.request_prompt, workload.request_output, workload.requests)
         speeds.mixed = workload.requests * workload.request_output / mixed["t"]
         return speeds
 
