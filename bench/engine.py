@@ -95,6 +95,8 @@ def measure_peer(
     try:
         if isinstance(model, PeerError):
             raise model
+        if isa != _C.available_isas()[-1] and isa not in PEERS[name].isas:
+            raise PeerError(f"cannot be held to {isa}")
         return Result(name, width, PEERS[name].run(model, width, threads, isa, workload, work))
     except PeerError as error:
         return Result(name, width, error=str(error))
@@ -150,7 +152,7 @@ def parse() -> argparse.Namespace:
     chosen.add_argument("--only", choices=["ours"], help="no peers")
     chosen.add_argument("--reuse-peers", type=Path, metavar="JSON", help="what peers did in an earlier run")
     parser.add_argument("--threads", type=int, default=cpus, help="%(default)s")
-    parser.add_argument("--isa", help="as MILLRACE_ISA; avx2 is for the peers too, as far as they can")
+    parser.add_argument("--isa", help="as MILLRACE_ISA; peers that cannot be held to it are left out")
     parser.add_argument("--quick", action="store_true", help="little work: a look whether everything runs")
     parser.add_argument("--work-dir", type=Path, default=work_directory(), help="%(default)s")
     parser.add_argument("--json", type=Path, help="where to write; default: results in the work directory")

@@ -23,10 +23,14 @@ class PeerError(Exception):
 
 
 class Peer(ABC):
-    """`work`: the directory that holds environments and converted checkpoints. Widths: bf16, int8, int4."""
+    """`work`: the directory that holds environments and converted checkpoints. Widths: bf16, int8, int4.
+
+    `isas`: instruction sets that it can be held to; else it takes the best of the machine.
+    """
 
     name: str
     widths: tuple[str, ...]
+    isas: tuple[str, ...] = ()
 
     @abstractmethod
     def install(self, work: Path) -> None:

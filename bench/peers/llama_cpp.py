@@ -35,6 +35,7 @@ runpy.run_path(root + "/convert_hf_to_gguf.py", run_name="__main__")
 class LlamaCpp(Peer):
     name = "llama-cpp"
     widths = ("bf16", "int8", "int4")
+    isas = ("avx2", "avx512_bf16")
 
     def install(self, work: Path) -> None:
         self.make_environment(work)

@@ -41,9 +41,7 @@ class OpenVINO(Peer):
         return model
 
     def run(self, model: Path, width: str, threads: int, isa: str, workload: Workload, work: Path) -> Speeds:
-        # OpenVINO's own dispatcher follows oneDNN's variable only in part; it is the nearest there is.
-        variables = {"ONEDNN_MAX_CPU_ISA": "AVX2", "DNNL_MAX_CPU_ISA": "AVX2"} if isa == "avx2" else {}
-        return self.run_stepper(model, threads, workload, work, variables)
+        return self.run_stepper(model, threads, workload, work, {})
 
 
 class Pipeline:

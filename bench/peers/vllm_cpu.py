@@ -52,8 +52,6 @@ class VLLM(Peer):
             "VLLM_NO_USAGE_STATS": "1",
             "LD_PRELOAD": ":".join(self._preloaded(work)),
         }
-        if isa == "avx2":
-            variables["ONEDNN_MAX_CPU_ISA"] = "AVX2"
         return self.run_stepper(model, threads, workload, work, variables)
 
     def _preloaded(self, work: Path) -> list[str]:
