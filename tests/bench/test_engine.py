@@ -109,13 +109,14 @@ def test_speeds_of_llama_cpp_are_read_from_its_own_bench(tmp_path: Path) -> None
 
 def test_a_quick_run_of_ours_prints_tables_and_writes_json(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "millrace.bench.engine", "--model", "tiny", "--quick", "--only", "ours"]
-    command += ["--widths", "float32", "--work-dir", str(tmp_path), "--json", str(tmp_path / "out.json")]
+    command += ["--widths", "float32,int8", "--work-dir", str(tmp_path), "--json", str(tmp_path / "out.json")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
     for words in ("The roof of this machine", "tiny, float32", "of limit", "decode, batch 4", "4 x (32 + 8), output"):
         assert words in done.stdout
     written = json.loads((tmp_path / "out.json").read_text())
-    result = written["results"][0]
-    assert (result["engine"], result["error"]) == ("millrace", None)
-    assert {*result["speeds"]["decode"]} == {"1", "4"}
-    assert result["speeds"]["prefill"] > 0 < result["speeds"]["mixed"]
-    assert written["limits"]["float32"]["prefill"] > result["speeds"]["prefill"]
+    assert [result["width"] for result in written["results"]] == ["float32", "int8"]
+    for result in written["results"]:
+        assert (result["engine"], result["error"]) == ("millrace", None)
+        found, limit = result["speeds"], written["limits"][result["width"]]
+        assert found["decode"].keys() == limit["decode"].keys() == {"1", "4"}
+        assert min(found["prefill"], found["mixed"], *found["decode"].values()) > 0
