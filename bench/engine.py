@@ -131,7 +131,7 @@ def prepare(model: Path, label: str, arguments: argparse.Namespace, progress: Co
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m millrace.bench.engine", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     cpus = len(os.sched_getaffinity(0))
 
     def names(known: list[str]) -> Callable[[str], list[str]]:
