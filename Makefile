@@ -122,7 +122,7 @@ soak: install ## the thread pool for some minutes under the thread sanitizer
 
 .PHONY: bench
 bench: install ## every benchmark, one after the other
-	for file in bench/*.py; do $(PY) -m millrace.bench.$$(basename $$file .py); done
+	for file in $$(grep -l '^if __name__' bench/*.py); do $(PY) -m millrace.bench.$$(basename $$file .py); done
 
 # ---------------------------------------------------------------- ship
 

@@ -48,6 +48,8 @@ MAY_IMPORT = {
 TORCH_LIVES_IN = ("server/model/executors/", "server/tuning/", "kernels/", "bench/", "tests/")
 # Functions that import when they run: what is optional, or slow and not always needed.
 LATE_IMPORTS = {
+    "bench/peers/openvino.py": "it is installed in the peer's own environment, where this file runs",
+    "bench/peers/vllm_cpu.py": "the same",
     "server/cli.py": "`millrace --version` must not wait for gRPC",
     "server/commands/documents.py": "as server/cli.py, which imports it",
     "server/commands/options.py": "the same: only tables need what draws them",

@@ -10,5 +10,6 @@ void bind_matmul(pybind11::module_& module);
 void bind_attention(pybind11::module_& module);
 void bind_rows(pybind11::module_& module);
 void bind_model(pybind11::module_& module);
+void bind_roof(pybind11::module_& module);
 
 }  // namespace millrace::bindings
