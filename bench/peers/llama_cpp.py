@@ -20,6 +20,7 @@ OPTIONS = [
     "-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=OFF", "-DBUILD_SHARED_LIBS=OFF", "-DLLAMA_OPENSSL=OFF",
     *(f"-DLLAMA_{part}=OFF" for part in ("BUILD_TESTS", "BUILD_EXAMPLES", "BUILD_SERVER", "BUILD_APP", "BUILD_UI")),
 ]  # fmt: skip
+ATTEMPTS = 5  # to read its results: a thread of its own writes them, and the end of the process may come first
 # The converter knows tokenizers by what they make of a text; ours is nobody's, and no text is read here.
 CONVERTER = """
 import runpy, sys
@@ -88,10 +89,11 @@ class LlamaCpp(Peer):
             command = [str(program), "-m", str(model), "-c", str(context), "-b", str(workload.step_tokens)]
             command += ["-t", str(threads), "-tb", str(threads), "--output-format", "jsonl"]
             command += ["-npp", str(prompt), "-ntg", str(output), "-npl", str(batch)]
-            rows = [json.loads(line) for line in call(command, work).splitlines() if line.startswith("{")]
-            if len(rows) != 1:
-                raise PeerError(f"{program.name} printed {len(rows)} lines of results instead of one")
-            return dict(rows[0])
+            for _ in range(ATTEMPTS):
+                rows = [json.loads(line) for line in call(command, work).splitlines() if line.startswith("{")]
+                if rows:
+                    return dict(rows[0])
+            raise PeerError(f"{program.name} printed no results")
 
         speeds = Speeds()
         runs = [measure(workload.prefill, 1, 1) for _ in range(workload.repeats)]

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from millrace.bench.comparison import OURS, Comparison, Result, reused_peers
 from millrace.bench.peers.base import PeerError, call
-from millrace.bench.peers.llama_cpp import LlamaCpp, has_avx512
+from millrace.bench.peers.llama_cpp import ATTEMPTS, LlamaCpp, has_avx512
 from millrace.bench.roof import Rate, Roof
 from millrace.bench.workload import Speeds, Workload
 
@@ -105,6 +105,16 @@ def test_speeds_of_llama_cpp_are_read_from_its_own_bench(tmp_path: Path) -> None
     program.chmod(0o755)
     speeds = LlamaCpp().run(tmp_path / "m.gguf", "int8", 2, "avx512", WORK, tmp_path)
     assert speeds == Speeds(71.0, {1: 10.0, 8: 80.0}, 32 * 64 / 16.0)
+
+
+def test_a_silent_llama_cpp_is_asked_again_but_not_for_ever(tmp_path: Path) -> None:
+    program = tmp_path / "llama-cpp" / "avx2" / "bin" / "llama-batched-bench"
+    program.parent.mkdir(parents=True)
+    program.write_text("#!/bin/sh\necho >> asked\n")
+    program.chmod(0o755)
+    with pytest.raises(PeerError, match="printed no results"):
+        LlamaCpp().run(tmp_path / "m.gguf", "int8", 2, "avx2", WORK, tmp_path)
+    assert len((tmp_path / "asked").read_text().splitlines()) == ATTEMPTS
 
 
 def test_a_quick_run_of_ours_prints_tables_and_writes_json(tmp_path: Path) -> None:
