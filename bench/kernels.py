@@ -1,137 +1,80 @@
-"""Kernels against a peer and against the machine, in one run: `python -m millrace.bench.kernels [--seconds N]`.
+"""Kernels against PyTorch and against the machine: `python -m millrace.bench.kernels [NAME ...] [--seconds N]`.
 
-Each row of the table: microseconds per row of the batch here and with the peer, their ratio, and the gigabytes per
-second of input that the time means, beside those of a plain read of the same memory.
+One thread. A kernel can be bound by what it must read or by what it must compute: `of roof` is the larger of its
+shares of the two roofs, which are measured in the same run. What lies in a cache can be read faster than memory.
 """
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from itertools import cycle
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
+from rich.console import Console
 
+from millrace.bench.kernel_cases import attention, matmul, rows, sampling
+from millrace.bench.kernel_cases.case import Case, Run
+from millrace.bench.roof import Rate, Roof, isas_up_to, measure_roof, roof_table
 from millrace.kernels import _C
-from millrace.kernels.sampling import sample
 
-ROWS = 8
-VOCABS = (8_192, 151_936)
-OPTIONS: dict[str, dict[str, float]] = {
-    "greedy": {"temperature": 0},
-    "temperature": {"temperature": 0.8},
-    "top-k": {"temperature": 0.8, "top_k": 50},
-    "top-p": {"temperature": 0.8, "top_p": 0.9},
-    "all": {"temperature": 0.8, "top_k": 50, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.1, "top_n": 5},
+KERNELS: dict[str, Callable[[], Iterator[Case]]] = {
+    "matmul": matmul.cases,
+    "attention": attention.cases,
+    "rows": rows.cases,
+    "sampling": sampling.cases,
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Measurement:
-    kernel: str
-    case: str
-    ours_us: float  # per row
-    peer_us: float  # per row
-    gigabytes_per_second: float
-    read_gigabytes_per_second: float  # a plain sum of the same memory
-
-
-def best_seconds(run: Callable[[], object], seconds: float) -> float:
-    """The shortest of as many runs as fit: noise only ever adds."""
-    run()
+def fastest(runs: Sequence[Run], seconds: float) -> float:
+    """Seconds of the fastest of as many runs as fit, at least two rounds; noise only ever adds."""
     shortest, end = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < end:
+    for count, run in enumerate(cycle(runs)):
+        if count >= 2 * len(runs) and time.perf_counter() > end:
+            return shortest
         start = time.perf_counter()
         run()
-        shortest = min(shortest, time.perf_counter() - start)
-    return shortest
+        if count >= len(runs):
+            shortest = min(shortest, time.perf_counter() - start)
+    raise ValueError("nothing to run")
 
 
-def columns(options: dict[str, float]) -> dict[str, Any]:
-    def full(name: str, default: float, dtype: type[Any]) -> NDArray[Any]:
-        return np.full(ROWS, options.get(name, default), dtype)
-
-    history = 200
-    return {
-        "temperature": full("temperature", 1, np.float32),
-        "top_p": full("top_p", 1, np.float32),
-        "top_k": full("top_k", 0, np.int32),
-        "min_p": full("min_p", 0, np.float32),
-        "presence_penalty": full("presence_penalty", 0, np.float32),
-        "frequency_penalty": full("frequency_penalty", 0, np.float32),
-        "repetition_penalty": full("repetition_penalty", 1, np.float32),
-        "seed": np.arange(ROWS, dtype=np.uint64),
-        "choice": np.zeros(ROWS, np.int32),
-        "position": np.zeros(ROWS, np.int32),
-        "top_n": full("top_n", -1, np.int32),
-        "bias_offsets": np.zeros(ROWS + 1, np.int32),
-        "bias_ids": np.empty(0, np.int32),
-        "bias_values": np.empty(0, np.float32),
-        "history_offsets": np.arange(ROWS + 1, dtype=np.int32) * history,
-        "history_ids": np.tile(np.arange(history, dtype=np.int32) * 37, ROWS),
-        "history_prompt_lens": np.full(ROWS, history // 2, np.int32),
-    }
+def compute_roof(roof: Roof, arithmetics: Sequence[str], isas: Sequence[str]) -> float:
+    """Operations per second of one thread."""
+    loops: list[Rate] = [loop for loop in roof.loops if loop.what in arithmetics and loop.isa in isas]
+    return max((loop.one for loop in loops), default=float("nan"))
 
 
-def torch_sample(logits: torch.Tensor, options: dict[str, float], history: torch.Tensor) -> torch.Tensor:
-    """The usual sampler in PyTorch: top-k or a sort of the vocabulary, softmax, cut, draw."""
-    if "top_n" in options:
-        torch.log_softmax(logits, -1).topk(int(options["top_n"]))
-    if "repetition_penalty" in options:
-        seen = logits.gather(1, history)
-        penalty = options["repetition_penalty"]
-        logits = logits.scatter(1, history, torch.where(seen > 0, seen / penalty, seen * penalty))
-    if options["temperature"] == 0:
-        return logits.argmax(-1)
-    scaled = logits / options["temperature"]
-    if not options.keys() & {"top_k", "top_p", "min_p"}:
-        return torch.multinomial(scaled.softmax(-1), 1)
-    if "top_k" in options:
-        ordered, ids = scaled.topk(int(options["top_k"]))
-    else:
-        ordered, ids = scaled.sort(-1, descending=True)
-    p = ordered.softmax(-1)
-    if "top_p" in options:
-        p[p.cumsum(-1) - p >= options["top_p"]] = 0
-    if "min_p" in options:
-        p[p < options["min_p"] * p[:, :1]] = 0
-    return ids.gather(1, torch.multinomial(p, 1))
-
-
-def sampling(seconds: float) -> Iterator[Measurement]:
-    for vocab in VOCABS:
-        logits = np.random.default_rng(0).standard_normal((ROWS, vocab)).astype(np.float32) * 3
-        tensor = torch.from_numpy(logits)
-        read = logits.nbytes / best_seconds(tensor.sum, seconds) / 1e9
-        for name, options in OPTIONS.items():
-            case = columns(options)
-            history = torch.from_numpy(case["history_ids"]).long().view(ROWS, -1)
-            ours = best_seconds(partial(sample, logits, **case), seconds)
-            peer = best_seconds(partial(torch_sample, tensor, options, history), seconds)
-            yield Measurement(
-                "sampling", f"{vocab} {name}", ours / ROWS * 1e6, peer / ROWS * 1e6, logits.nbytes / ours / 1e9, read
-            )
-
-
-KERNELS = {"sampling": sampling}
+def line(case: Case, ours: float, peer: float, roof: Roof, isas: Sequence[str]) -> str:
+    read = case.bytes / ours / roof.dram.one
+    computed = case.operations / ours / compute_roof(roof, case.arithmetics, isas) if case.operations else 0.0
+    bound = "memory" if read >= computed else "compute"
+    return (
+        f"{case.kernel:13}{case.case:34}{peer / ours:8.2f}{max(read, computed):9.0%} {bound:8}{ours * 1e6:11.1f}"
+        f"{peer * 1e6:11.1f}{case.bytes / ours / 1e9:8.1f}{case.operations / ours / 1e9:9.1f}"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--seconds", type=float, default=0.3, help="for each measurement; default 0.3")
-    seconds = parser.parse_args().seconds
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(KERNELS)}; default: all")
+    parser.add_argument("--seconds", type=float, default=0.3, help="for each measurement; default %(default)s")
+    options = parser.parse_args()
+    for name in options.names:
+        if name not in KERNELS:
+            parser.error(f"{name!r} is none of {', '.join(KERNELS)}")
     torch.set_num_threads(1)
-    print(f"one thread, {_C.isa()}, {ROWS} rows, peer: PyTorch {torch.__version__}")
-    print(f"{'kernel':10}{'case':20}{'us/row':>10}{'peer':>10}{'ratio':>8}{'GB/s':>8}{'read':>8}")
-    for run in KERNELS.values():
-        for m in run(seconds):
-            print(
-                f"{m.kernel:10}{m.case:20}{m.ours_us:10.1f}{m.peer_us:10.1f}{m.peer_us / m.ours_us:8.1f}"
-                f"{m.gigabytes_per_second:8.1f}{m.read_gigabytes_per_second:8.1f}"
-            )
+    isa = _C.isa()
+    roof, isas = measure_roof(seconds=options.seconds), isas_up_to(isa)
+    Console(width=100).print(roof_table(roof))
+    print(f"one thread, {isa}, peer: PyTorch {torch.__version__}")
+    print(
+        f"{'kernel':13}{'case':34}{'x peer':>8}{'of roof':>9} {'bound by':8}"
+        f"{'us':>11}{'peer us':>11}{'GB/s':>8}{'Gop/s':>9}"
+    )
+    for name in options.names or KERNELS:
+        for case in KERNELS[name]():
+            ours, peer = fastest(case.ours, options.seconds), fastest(case.peer, options.seconds)
+            print(line(case, ours, peer, roof, isas), flush=True)
 
 
 if __name__ == "__main__":

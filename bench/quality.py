@@ -51,17 +51,25 @@ def windows(tokens: Sequence[int], length: int, most: int) -> list[NDArray[np.in
 
 def greedy() -> SamplingColumns:
     """Of one row."""
-    floats = {"temperature": 0, "top_p": 1, "min_p": 0, "presence_penalty": 0, "frequency_penalty": 0}
-    integers = {"top_k": 0, "choice": 0, "position": 0, "top_n": -1, "history_prompt_lens": 0}
+    real, whole, none = np.zeros(1, np.float32), np.zeros(1, np.int32), np.empty(0, np.int32)
     return SamplingColumns(
-        **{name: np.array([value], np.float32) for name, value in (floats | {"repetition_penalty": 1}).items()},
-        **{name: np.array([value], np.int32) for name, value in integers.items()},
+        temperature=real,
+        top_p=real + 1,
+        top_k=whole,
+        min_p=real,
+        presence_penalty=real,
+        frequency_penalty=real,
+        repetition_penalty=real + 1,
         seed=np.zeros(1, np.uint64),
+        choice=whole,
+        position=whole,
+        top_n=whole - 1,
         bias_offsets=np.zeros(2, np.int32),
-        bias_ids=np.empty(0, np.int32),
+        bias_ids=none,
         bias_values=np.empty(0, np.float32),
         history_offsets=np.zeros(2, np.int32),
-        history_ids=np.empty(0, np.int32),
+        history_ids=none,
+        history_prompt_lens=whole,
     )
 
 
@@ -99,7 +107,8 @@ def all_logits(model: LoadedModel, window: NDArray[np.int32]) -> Logits:
 def log_softmax(logits: Logits) -> NDArray[np.float64]:
     wide = logits.astype(np.float64)
     wide -= wide.max(axis=1, keepdims=True)
-    return wide - np.log(np.exp(wide).sum(axis=1, keepdims=True))
+    wide -= np.log(np.exp(wide).sum(axis=1, keepdims=True))
+    return wide
 
 
 class Sums:

@@ -5,7 +5,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,7 +83,7 @@ def sample(
     A row whose logits hold NaN or +infinity, or leave no token, fails alone. ValueError: a wrong dtype, shape
     or value in the arguments, nothing was drawn. Runs on the calling thread, without the GIL.
     """
-    columns = {
+    columns: dict[str, NDArray[Any]] = {
         "temperature": temperature,
         "top_p": top_p,
         "top_k": top_k,

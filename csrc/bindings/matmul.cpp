@@ -15,35 +15,14 @@
 
 #include "arrays.h"
 #include "bindings.h"
+#include "names.h"
 #include "runtime/arena.h"
 
 namespace millrace::bindings {
 namespace {
 
-template <typename T>
-struct Word {
-  const char* word;
-  T value;
-};
-constexpr Word<Width> kWidths[] = {{"bf16", Width::bf16}, {"int8", Width::int8}, {"int4", Width::int4}};
 constexpr Word<Epilogue> kEpilogues[] = {
     {"store", Epilogue::store}, {"add", Epilogue::add}, {"activate", Epilogue::activate}, {"gate", Epilogue::gate}};
-constexpr Word<Activation> kActivations[] = {{"none", Activation::none},
-                                             {"silu", Activation::silu},
-                                             {"gelu", Activation::gelu},
-                                             {"gelu_tanh", Activation::gelu_tanh},
-                                             {"relu", Activation::relu}};
-
-template <typename T, std::size_t N>
-T meaning(const Word<T> (&words)[N], const char* name, const std::string& word) {
-  std::string all;
-  for (const auto& [text, value] : words) {
-    if (word == text) return value;
-    all.append(all.empty() ? "" : ", ").append(text);
-  }
-  fail(all.insert(0, " must be one of ").insert(0, name).append(", not ").append(word));
-}
-
 constexpr std::align_val_t kLine{64};
 struct Free {
   void operator()(std::byte* p) const { ::operator delete[](p, kLine); }

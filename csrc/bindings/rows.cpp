@@ -9,28 +9,13 @@
 
 #include "arrays.h"
 #include "bindings.h"
+#include "names.h"
 
 namespace millrace::bindings {
 namespace {
 
-template <typename Kind, std::size_t kCount>
-Kind named(const std::array<std::pair<const char*, Kind>, kCount>& kinds, const std::string& name) {
-  std::string names;
-  for (const auto& [text, kind] : kinds) {
-    if (name == text) return kind;
-    if (!names.empty()) names += ", ";
-    names += text;
-  }
-  fail(name + " is none of " + names);
-}
-
-constexpr std::array<std::pair<const char*, Stored>, 3> kStored{
-    {{"float32", Stored::float32}, {"float16", Stored::float16}, {"bfloat16", Stored::bfloat16}}};
-constexpr std::array<std::pair<const char*, Activation>, 5> kActivations{{{"none", Activation::none},
-                                                                          {"silu", Activation::silu},
-                                                                          {"gelu", Activation::gelu},
-                                                                          {"gelu_tanh", Activation::gelu_tanh},
-                                                                          {"relu", Activation::relu}}};
+constexpr Word<Stored> kStored[] = {
+    {"float32", Stored::float32}, {"float16", Stored::float16}, {"bfloat16", Stored::bfloat16}};
 
 // A contiguous [rows, size] of T, 1 <= size < 2^31.
 template <typename T>
@@ -122,7 +107,7 @@ void rotate(const py::array& x, std::int32_t dim, const py::array& cosine, const
 
 void embed_rows(const py::array& table, const std::string& stored, const py::array& ids, bool accumulate,
                 const py::array& out) {
-  const Stored kind = named(kStored, stored);
+  const Stored kind = meaning(kStored, "stored", stored);
   const bool single = kind == Stored::float32;
   const std::int32_t count = single ? floats(table, "table").rows : rows_of<std::uint16_t>(table, "table", false).rows;
   const auto size = static_cast<std::int32_t>(table.shape(1));
@@ -157,7 +142,7 @@ void normalize(const py::array& x) {
 
 void activate(const py::array& x, const std::string& kind, const py::array& out) {
   const Rows<float> in = floats(x, "x"), to = result(out, "out", in.rows, in.size);
-  each_row(in.rows, [&, activation = named(kActivations, kind), isa = current_isa()](std::int32_t row) {
+  each_row(in.rows, [&, activation = meaning(kActivations, "kind", kind), isa = current_isa()](std::int32_t row) {
     millrace::activate_row(activation, in.row(row), in.size, to.row(row), isa);
   });
 }

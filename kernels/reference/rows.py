@@ -51,7 +51,7 @@ def mean_rows(x: Array) -> Float64:
 def normalize(x: Array) -> Float64:
     x = x.astype(np.float64)
     length = np.sqrt((x * x).sum(-1, keepdims=True))
-    return np.divide(x, length, out=np.zeros_like(x), where=length > 0)
+    return np.asarray(np.divide(x, length, out=np.zeros_like(x), where=length > 0))
 
 
 def silu(x: Array) -> Float64:

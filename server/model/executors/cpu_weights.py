@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -21,6 +21,8 @@ from millrace.server.model.spec import LayerSpec, ModelSpec, NormSpec, RotarySpe
 from millrace.server.model.weights import STORED, Found, Progress
 
 LINE, TURN, BLOCK = 64, 16, 32
+_Source = tuple[memoryview, str, int, int]  # numbers, dtype, rows, columns
+Parts = dict[str, Any]  # handles of the runtime, by its names: matrices, vectors, tables
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,25 +168,26 @@ class Loader:
 
     def _rotary(self, spec: RotarySpec) -> _C.Rotary:
         radians, factor = frequencies(spec)
-        source = (radians.view(np.uint8), "F32", 1, len(radians))
+        source = (radians.data.cast("B"), "F32", 1, len(radians))
         return _C.Rotary(spec.dim, factor, self._weights.vector([source]))
 
-    def _load(self, weights: Sequence[Weight], parts: Mapping[str, Part]) -> dict[str, object]:
+    def _load(self, weights: Sequence[Weight], parts: Mapping[str, Part]) -> Parts:
         by_role = {weight.role: weight for weight in weights}
         return {name: self._pack(part, [by_role[role] for role in part.roles]) for name, part in parts.items()}
 
-    def _pack(self, part: Part, weights: Sequence[Weight]) -> object:
+    def _pack(self, part: Part, weights: Sequence[Weight]) -> Any:
         places = [self._found[weight.name] for weight in weights]
         if len({tensor.dtype for _, tensor in places}) > 1:
             names = ", ".join(weight.name for weight in weights)
             raise CheckpointError(f"{places[0][0]}: tensors {names} have different dtypes: save them with one")
         with ExitStack() as stack:
-            sources = []
+            sources: list[_Source] = []
             for path, tensor in places:
                 view = stack.enter_context(memoryview(self._files[path]))
                 data = stack.enter_context(view[tensor.begin : tensor.end])
                 sources.append((data, tensor.dtype, *_rows_columns(tensor.shape)))
             try:
+                result: Any
                 if part.kind == "matrix":
                     packing = part.packing
                     result = self._weights.pack(sources, part.interleaved, packing.width, packing.group)
@@ -220,7 +223,7 @@ def _rows_columns(shape: Shape) -> tuple[int, int]:
     return (1, shape[0]) if len(shape) == 1 else (shape[0], shape[1])
 
 
-def _norm(spec: NormSpec | None, parts: Mapping[str, object], role: str) -> _C.Norm:
+def _norm(spec: NormSpec | None, parts: Parts, role: str) -> _C.Norm:
     if spec is None or role not in parts:
         return _C.Norm()
     return _C.Norm(spec.kind == "layer", spec.eps, parts[role], parts.get(f"{role}_bias"))

@@ -1,9 +1,9 @@
-"""Cases of attention for `millrace.bench.kernels`: each beside PyTorch's, which is spared the pages.
+"""Attention beside PyTorch's, which is spared the pages.
 
 Decodes are bound by reading keys and values (`bytes`), prefills by multiplying (`operations`, of what is seen only).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from millrace.bench.kernel_cases.case import Case, Run
 from millrace.kernels.attention import BLOCK_TOKENS, attend, kv_cache, write
 
 DType = Literal["bf16", "int8"]
@@ -36,16 +37,6 @@ SHAPES = (
     Shape("encoder 64 x 25", 64, 25, 25, 12, 12, 32, causal=False),
     Shape("encoder 4 x 512", 4, 512, 512, 12, 12, 32, causal=False),
 )
-
-
-class Case(NamedTuple):
-    kernel: str
-    case: str
-    rows: int
-    ours: Callable[[], object]
-    peer: Callable[[], object]
-    bytes: int  # of keys and values
-    operations: int  # a multiplication and its addition being two
 
 
 def cases() -> Iterator[Case]:
@@ -83,15 +74,14 @@ def case(shape: Shape, dtype: DType) -> Case:
     return Case(
         kernel="attention",
         case=f"{shape.name} {dtype}",
-        rows=shape.rows,
-        ours=ours,
-        peer=peer(shape, q, keys, values),
+        ours=[ours],
+        peer=[peer(shape, q, keys, values)],
         bytes=cache.keys.nbytes + cache.values.nbytes + cache.scales.nbytes,
         operations=4 * shape.rows * shape.heads * shape.dim * seen,
     )
 
 
-def peer(shape: Shape, q: NDArray[np.float32], *kv: NDArray[np.float32]) -> Callable[[], object]:
+def peer(shape: Shape, q: NDArray[np.float32], *kv: NDArray[np.float32]) -> Run:
     def heads(x: torch.Tensor, tokens: int, count: int) -> torch.Tensor:
         return x.view(-1, tokens, count, shape.dim).transpose(1, 2).contiguous().bfloat16()
 
