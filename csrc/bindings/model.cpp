@@ -5,6 +5,7 @@
 
 #include <limits>
 #include <memory>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -36,9 +37,9 @@ struct Checked {
     input.rows = static_cast<Int32>(rows);
     input.tokens = static_cast<Int32>(tokens);
     set_embeddings(embeddings.first, embeddings.second, network.hidden);
-    input.token_ids = checked<Int32>(token_ids, "token_ids", tokens, "[0, vocabulary)", [&](Int32 v) {
-      return v < network.vocab && (v >= 0 || (v == -1 && input.embedded > 0));
-    });
+    input.token_ids = checked<Int32>(token_ids, "token_ids", tokens, "[-1, vocabulary)",
+                                     [&](Int32 v) { return v >= -1 && v < network.vocab; });
+    check_given();
     const std::int64_t most = network.positions.data == nullptr ? std::numeric_limits<Int32>::max()
                                                                 : network.positions.rows - network.position_offset;
     input.positions = checked<Int32>(positions, "positions", tokens, "the positions of the model", below(most));
@@ -72,6 +73,16 @@ struct Checked {
     input.embeddings = static_cast<const float*>(vectors.data());
   }
 
+  // -1 stands only where an embedding comes.
+  void check_given() const {
+    const std::set<Int32> given(input.embedded_tokens, input.embedded_tokens + input.embedded);
+    for (Int32 token = 0; token < input.tokens; ++token) {
+      if (input.token_ids[token] < 0 && given.count(token) == 0) {
+        fail("token_ids[" + std::to_string(token) + "] = -1, and no embedding comes for it");
+      }
+    }
+  }
+
   void check_blocks(Model& model, const py::array& slots, const py::array& block_tables) {
     const std::int64_t blocks = model.kv().blocks();
     input.slots = checked<Int32>(slots, "slots", input.tokens, "the cache",
@@ -83,7 +94,7 @@ struct Checked {
     input.block_tables = static_cast<const Int32*>(block_tables.data());
     input.table_stride = block_tables.shape(1);
     for (Int32 row = 0; row < input.rows; ++row) {
-      const std::int64_t needed = (input.context_lens[row] + kBlockTokens - 1) / kBlockTokens;
+      const std::int64_t needed = (std::int64_t{input.context_lens[row]} + kBlockTokens - 1) / kBlockTokens;
       if (needed > input.table_stride) fail("the block table of row " + std::to_string(row) + " is too short");
       for (std::int64_t i = 0; i < needed; ++i) {
         const Int32 block = input.block_tables[row * input.table_stride + i];

@@ -1,7 +1,7 @@
 """Checkpoints made once, and steps packed by hand."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +12,17 @@ import torch
 
 from millrace.server.config import EngineConfig
 from millrace.server.model.executors import LoadedModel, create_executor
-from millrace.server.model.executors.base import Batch, Output, Placeholder, SamplingColumns, StepResult, TokenMask
+from millrace.server.model.executors.base import (
+    Batch,
+    Executor,
+    Output,
+    Placeholder,
+    SamplingColumns,
+    StepResult,
+    Ticket,
+    TokenMask,
+)
+from millrace.server.model.executors.cpu import CpuExecutor
 from millrace.server.model.executors.reference import ReferenceExecutor
 
 ROPE = {"rope_theta": 10_000.0}
@@ -72,21 +82,17 @@ def checkpoint(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.Te
 
 @pytest.fixture(scope="session")
 def load(checkpoint: Callable[[str], Path]) -> Callable[..., LoadedModel]:
-    """`load(name, **settings)`: a fresh executor, the reference with 128 blocks of 16 unless settings say otherwise."""
+    """`load(name, **settings)`: a fresh executor, the reference with 128 blocks of 16 unless settings say otherwise.
+
+    Of the cpu executor 64 blocks of 32, and one thread.
+    """
 
     def load(name: str, executor: str = "reference", **settings: Any) -> LoadedModel:
         directory = str(checkpoint(name))
-        config = EngineConfig(model=directory, max_num_seqs=4, executor=executor, **settings)
+        config = EngineConfig(model=directory, max_num_seqs=4, executor=executor, num_threads=1, **settings)
         return create_executor(config, lambda done, total: None)
 
     return load
-
-
-@pytest.fixture
-def llama(load: Callable[..., LoadedModel]) -> ReferenceExecutor:
-    executor = load("llama").executor
-    assert isinstance(executor, ReferenceExecutor)
-    return executor
 
 
 @dataclass
@@ -160,8 +166,12 @@ def pack(rows: Sequence[Row], block_size: int = 16, vocab_size: int = 384, **oth
     )
 
 
-def run(executor: ReferenceExecutor, rows: Sequence[Row], **others: Any) -> StepResult:
-    return executor.collect(executor.submit(pack(rows, executor.kv_layout.block_size, **others)))
+def submit(executor: Executor, rows: Sequence[Row], **others: Any) -> Ticket:
+    return executor.submit(pack(rows, executor.kv_layout.block_size, **others))
+
+
+def run(executor: Executor, rows: Sequence[Row], **others: Any) -> StepResult:
+    return executor.collect(submit(executor, rows, **others))
 
 
 def tokens(result: StepResult, row: int) -> list[int]:
@@ -169,7 +179,7 @@ def tokens(result: StepResult, row: int) -> list[int]:
 
 
 def generate(
-    executor: ReferenceExecutor,
+    executor: Executor,
     prompt: Sequence[int],
     count: int,
     blocks: Sequence[int] = tuple(range(32)),
@@ -189,21 +199,35 @@ def generate(
 
 
 @torch.inference_mode()
-def all_logits(executor: ReferenceExecutor, prompt: Sequence[int], chunk: int, blocks: Sequence[int]) -> torch.Tensor:
+def step_logits(executor: Executor, rows: Sequence[Row]) -> torch.Tensor:
+    """float32 [tokens, vocabulary] of every token of a step, whose rows are of tokens only."""
+    if isinstance(executor, CpuExecutor):
+        run(executor, [replace(row, output=Output.SAMPLE, drafts=len(row.ids) - 1) for row in rows])
+        return torch.from_numpy(executor.logits.copy())
+    assert isinstance(executor, ReferenceExecutor)
+    batch = pack(rows, executor.kv_layout.block_size)
+    return executor.model.logits(executor.model.forward(batch, torch.from_numpy(batch.token_ids).long()))
+
+
+def all_logits(executor: Executor, prompt: Sequence[int], chunk: int, blocks: Sequence[int]) -> torch.Tensor:
     """float32 [prompt, vocabulary], computed in chunks."""
-    parts = []
-    for start in range(0, len(prompt), chunk):
-        row = Row(prompt[start : start + chunk], start, blocks)
-        batch = pack([row], executor.kv_layout.block_size)
-        parts.append(executor.model.logits(executor.model.forward(batch, torch.from_numpy(batch.token_ids).long())))
-    return torch.cat(parts)
+    starts = range(0, len(prompt), chunk)
+    return torch.cat([step_logits(executor, [Row(prompt[at : at + chunk], at, blocks)]) for at in starts])
 
 
 @pytest.fixture(scope="session")
 def steps() -> SimpleNamespace:
     """The helpers above, for test modules, which cannot import a conftest."""
     return SimpleNamespace(
-        Row=Row, pack=pack, run=run, tokens=tokens, generate=generate, all_logits=all_logits, columns=columns
+        Row=Row,
+        Output=Output,
+        pack=pack,
+        submit=submit,
+        run=run,
+        tokens=tokens,
+        generate=generate,
+        step_logits=step_logits,
+        all_logits=all_logits,
     )
 
 

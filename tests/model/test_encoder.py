@@ -225,7 +225,9 @@ def test_memory_is_checked_before_it_is_taken(encoder: Callable[[str], Path], mo
     assert plan_encoder(EngineConfig(executor="reference"), spec, {}, 1 << 30).num_blocks == 0
     monkeypatch.setattr(plan, "available_memory", lambda: 1 << 20)
     with pytest.raises(NotEnoughMemory, match=r"BertModel take \d+MiB, 1MiB are free.*--embedding-model"):
-        create_embedder(EngineConfig(executor="reference"), encoder("bert"), lambda done, total: pytest.fail("something was read"))
+        create_embedder(
+            EngineConfig(executor="reference"), encoder("bert"), lambda done, total: pytest.fail("something was read")
+        )
 
 
 def test_fingerprint_of_an_encoder(encoder: Callable[[str], Path]) -> None:

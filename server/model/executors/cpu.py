@@ -14,7 +14,7 @@ from millrace.kernels.sampling import sample_result
 from millrace.server.errors import FeatureUnsupported
 from millrace.server.model.executors.base import Batch, Float32, Int32, KVLayout, Output, StepResult, Ticket
 from millrace.server.model.executors.cpu_weights import Loader, packed_bytes, stored_bytes
-from millrace.server.model.executors.draws import Draws, accept_draws, plan_draws
+from millrace.server.model.executors.draws import NO_DRAWS, Draws, accept_draws, plan_draws
 from millrace.server.model.executors.precision import Precision
 from millrace.server.model.executors.texts import check_texts
 from millrace.server.model.executors.tickets import Tickets, check_runnable, checked_vectors
@@ -64,6 +64,8 @@ class CpuExecutor:
         if not self.spec.causal:
             check_texts(batch, self.spec.context)
         draws = plan_draws(batch, token_ids)
+        if not len(batch.outputs):
+            return self._tickets.keep(accept_draws(batch, draws, NO_DRAWS, {}, errors))
         rows = np.flatnonzero(batch.outputs == Output.POOLED).astype(np.int32)
         native, vectors = self._step(batch, token_ids, draws, rows)
         pooled = checked_vectors(rows.tolist(), vectors, errors)
@@ -99,7 +101,7 @@ class CpuExecutor:
 
     def close(self) -> None:
         self._model = None
-        self._tickets.clear()
+        self._tickets.close()
 
     @property
     def _running(self) -> _C.Model:

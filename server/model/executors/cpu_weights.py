@@ -21,6 +21,7 @@ from millrace.server.model.spec import LayerSpec, ModelSpec, NormSpec, RotarySpe
 from millrace.server.model.weights import STORED, Found, Progress
 
 LINE, TURN, BLOCK = 64, 16, 32
+TABLES = {"embedding": "embedding", "position_embedding": "positions", "token_type_embedding": "token_types"}
 _Source = tuple[memoryview, str, int, int]  # numbers, dtype, rows, columns
 Parts = dict[str, Any]  # handles of the runtime, by its names: matrices, vectors, tables
 
@@ -131,11 +132,7 @@ class Loader:
         network = _C.Network()
         network.vocab, network.hidden = spec.vocab_size, spec.hidden_size
         outer = self._load(spec.weights, outer_parts(spec, precision.head))
-        for role, name in (
-            ("embedding",) * 2,
-            ("position_embedding", "positions"),
-            ("token_type_embedding", "token_types"),
-        ):
+        for role, name in TABLES.items():
             if role in outer:
                 setattr(network, name, outer[role])
         if "head" in outer:

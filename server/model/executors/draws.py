@@ -23,6 +23,15 @@ from millrace.server.model.executors.base import (
     TokenMask,
 )
 
+NO_DRAWS = SampleResult(
+    token_ids=np.empty(0, np.int32),
+    logprobs=np.empty(0, np.float32),
+    top_offsets=np.zeros(1, np.int32),
+    top_token_ids=np.empty(0, np.int32),
+    top_logprobs=np.empty(0, np.float32),
+    errors={},
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Draws:

@@ -10,20 +10,11 @@ from torch import Tensor
 from millrace.kernels.sampling import SampleResult, sample
 from millrace.server.errors import FeatureUnsupported
 from millrace.server.model.executors.base import Batch, Float32, KVLayout, Output, StepResult, Ticket
-from millrace.server.model.executors.draws import Draws, accept_draws, plan_draws
+from millrace.server.model.executors.draws import NO_DRAWS, Draws, accept_draws, plan_draws
 from millrace.server.model.executors.reference_model import ReferenceModel
 from millrace.server.model.executors.texts import check_texts
 from millrace.server.model.executors.tickets import Tickets, check_runnable, checked_vectors
 from millrace.server.model.spec import ModelSpec, Weight
-
-NO_DRAWS = SampleResult(
-    token_ids=np.empty(0, np.int32),
-    logprobs=np.empty(0, np.float32),
-    top_offsets=np.zeros(1, np.int32),
-    top_token_ids=np.empty(0, np.int32),
-    top_logprobs=np.empty(0, np.float32),
-    errors={},
-)
 
 
 class ReferenceExecutor:
@@ -86,7 +77,7 @@ class ReferenceExecutor:
 
     def close(self) -> None:
         self.model.release()
-        self._tickets.clear()
+        self._tickets.close()
 
     def _blocks(self) -> Iterable[Tensor]:
         """Each layer's cache as [2, blocks, block size, kv heads, head dim]."""

@@ -13,6 +13,7 @@ class Tickets:
     def __init__(self) -> None:
         self._results: dict[Ticket, StepResult] = {}
         self._last: Ticket = 0
+        self._closed = False
 
     def keep(self, result: StepResult) -> Ticket:
         self._last += 1
@@ -25,11 +26,15 @@ class Tickets:
             raise ValueError(f"ticket {ticket} is not the oldest one to collect")
         return self._results.pop(ticket)
 
-    def clear(self) -> None:
+    def close(self) -> None:
+        """Drop what waits; ValueError for batches to come."""
         self._results.clear()
+        self._closed = True
 
     def fill_placeholders(self, batch: Batch) -> tuple[Int32, dict[int, str]]:
         """Token ids with every placeholder filled in, and the rows that cannot go on."""
+        if self._closed:
+            raise ValueError("the executor is closed")
         token_ids, errors = batch.token_ids.copy(), {}
         for placeholder in batch.placeholders:
             result = self._results.get(placeholder.ticket)
