@@ -17,6 +17,7 @@ from typing import Literal
 import grpc
 from rich.console import Console
 
+from millrace.kernels import _C
 from millrace.retrieval.database import Database
 from millrace.server.api.listen import check_exposure, credentials, target, why_not
 from millrace.server.app import read_encoder, read_model, start_metrics
@@ -27,7 +28,7 @@ from millrace.server.errors import ConfigError, MissingDependency, StartupError
 from millrace.server.gateway.auth import KeyStore
 from millrace.server.model.checkpoint import Checkpoint
 from millrace.server.model.executors.cpu_weights import stored_bytes
-from millrace.server.model.executors.plan import make_plan
+from millrace.server.model.executors.plan import instruction_set, make_plan
 from millrace.server.model.hub import locate
 from millrace.server.model.memory import available_memory
 from millrace.server.model.weights import find_weights
@@ -150,10 +151,7 @@ def _pytorch(settings: Settings) -> str:
 def _native(settings: Settings) -> str:
     if settings.supervisor.worker:
         return ELSEWHERE
-    found = find_spec("millrace.kernels._C")
-    if found is None or found.origin is None:
-        raise MissingDependency("the native extension is not built: pip install -e . in the source tree")
-    return found.origin
+    return f"{_C.__file__}, with {instruction_set()} of {', '.join(_C.available_isas())}"
 
 
 def _model(settings: Settings) -> str:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography import x509
@@ -17,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from rich.console import Console
 from typer.testing import CliRunner
 
+from millrace.kernels import _C
 from millrace.server import cli, doctor
 from millrace.server.chat import converse
 from millrace.server.client import Client, Message, Role
@@ -187,6 +189,31 @@ def test_doctor_prints_every_setting_and_bound() -> None:
         assert field in text
     assert "more than 0, at most 1" in text
     assert "max-model-len 1024" in text or "model.safetensors" in text
+    assert f"with {_C.isa()} of baseline, " in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({}, "executor cpu, dtype bf16"),
+        ({"quantization": "int8"}, "executor cpu, dtype int8"),
+        ({"quantization": "int4"}, "executor cpu, dtype int4-g128, head int8"),
+        ({"quantization": "int4", "quantization_group": 32, "kv_cache_dtype": "int8"}, "int4-g32, head int8, kv int8"),
+        ({"executor": "reference"}, "executor reference, dtype float32"),
+    ],
+)
+def test_doctor_names_executor_and_precision(flags: dict[str, Any], words: str) -> None:
+    finding = doctor.check("model", doctor.CHECKS["model"], load_settings(flags, environment={}))
+    assert finding.good
+    assert words in finding.text
+
+
+@pytest.mark.parametrize("name", ["native extension", "model"])
+def test_doctor_knows_no_other_instruction_sets(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MILLRACE_ISA", "neon")
+    finding = doctor.check(name, doctor.CHECKS[name], load_settings({}, environment={}))
+    assert not finding.good
+    assert "MILLRACE_ISA=neon: this machine has baseline, " in finding.text
 
 
 @pytest.mark.parametrize(("flag", "value"), [("model", "/nonexistent"), ("host", "0.0.0.0"), ("api_keys", "/none")])

@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "demo": {"ask", "client", "errors", "ingest", "local", "stubs"},
     "flags": {"config"},
     # Asks the very functions that serving calls; stubs: prints the bounds that protos declare.
-    "doctor": WORDS | {"app", "api", "backends", "gateway", "model", "retrieval", "telemetry", "stubs"},
+    "doctor": WORDS | {"kernels", "app", "api", "backends", "gateway", "model", "retrieval", "telemetry", "stubs"},
     "terminal": set(),
     "ingest": {"client", "errors", "stubs", "terminal"},
     "ask": {"client", "stubs", "terminal"},

@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -135,7 +135,26 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "unexpected tensor": (edit_tensors(model__layers__0__self_attn__q_proj__bias=torch.clone), "has no place in"),
     "NaN": (edit_tensors(**{G: put(float("nan"))}), f"tensor {GATE} holds NaN or infinity"),
     "infinity": (edit_tensors(**{G: put(float("-inf"))}), f"tensor {GATE} holds NaN or infinity"),
-    "NaN in bf16": (edit_tensors(**{G: lambda t: put(float("nan"))(t.bfloat16())}), "holds NaN or infinity"),
+    "NaN in bf16": (
+        edit_tensors(**{G: lambda t: put(float("nan"))(t.bfloat16()), G.replace("gate", "up"): torch.Tensor.bfloat16}),
+        f"tensor {GATE} holds NaN or infinity",
+    ),
+    "NaN in fp16": (
+        edit_tensors(**{G: lambda t: put(float("nan"))(t.half()), G.replace("gate", "up"): torch.Tensor.half}),
+        f"tensor {GATE} holds NaN or infinity",
+    ),
+    "NaN beside it": (
+        edit_tensors(**{G.replace("gate", "up"): put(float("nan"))}),
+        f"tensor {GATE.replace('gate', 'up')} holds NaN or infinity",
+    ),
+    "NaN in a norm": (
+        edit_tensors(model__norm__weight=lambda t: t * float("nan")),
+        r"tensor model\.norm\.weight holds NaN or infinity",
+    ),
+    "NaN in the table": (
+        edit_tensors(model__embed_tokens__weight=put(float("nan"))),
+        r"tensor model\.embed_tokens\.weight holds NaN or infinity",
+    ),
 }
 SHARDED: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing shard": (remove("model-00002-of-00005.safetensors"), "00002-of-00005.safetensors: this shard is missing"),
@@ -149,21 +168,32 @@ SHARDED: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
-def load(directory: Path) -> None:
-    create_executor(EngineConfig(model=str(directory), max_num_seqs=1), lambda done, total: None)
+def load(directory: Path, executor: Literal["cpu", "reference"] = "cpu") -> None:
+    create_executor(EngineConfig(model=str(directory), max_num_seqs=1, executor=executor), lambda done, total: None)
 
 
+@pytest.mark.parametrize("executor", ["cpu", "reference"])
 @pytest.mark.parametrize(("name", "fault"), [("llama", f) for f in DAMAGE] + [("llama-sharded", f) for f in SHARDED])
-def test_damage_is_told_in_one_line(checkpoint: Callable[[str], Path], tmp_path: Path, name: str, fault: str) -> None:
+def test_damage_is_told_in_one_line(
+    checkpoint: Callable[[str], Path], tmp_path: Path, name: str, fault: str, executor: Literal["cpu", "reference"]
+) -> None:
     damage, words = (DAMAGE | SHARDED)[fault]
     directory = shutil.copytree(checkpoint(name), tmp_path / "model")
     damage(directory)
     with pytest.raises(CheckpointError, match=words) as caught:
-        load(directory)
+        load(directory, executor)
     message = str(caught.value)
     assert message.startswith(str(directory))
     assert "\n" not in message
     assert len(message) < 500
+
+
+def test_tensors_that_make_one_matrix_have_one_dtype(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    directory = shutil.copytree(checkpoint("llama"), tmp_path / "model")
+    edit_tensors(**{G: torch.Tensor.half})(directory)
+    with pytest.raises(CheckpointError, match=rf"{GATE}, .*up_proj\.weight have different dtypes: save them with one"):
+        load(directory)
+    load(directory, "reference")
 
 
 def test_no_directory(tmp_path: Path) -> None:
@@ -241,20 +271,31 @@ def test_digest_follows_what_a_gateway_and_its_worker_share(checkpoint: Callable
         checkpoint_digest(directory)
 
 
-def test_fingerprint_names_instruction_set_and_library(
+def test_fingerprint_names_what_decides_the_last_bits(
     checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fingerprint() -> str:
-        config = EngineConfig(model=str(checkpoint("llama")))
+    """Instruction set and library of the reference; instruction set and precision of cpu, whatever PyTorch is there."""
+
+    def fingerprint(**settings: Any) -> str:
+        config = EngineConfig(model=str(checkpoint("llama")), **settings)
         return create_executor(config, lambda done, total: None).info.fingerprint
 
-    seen = [fingerprint()]
-    for target, name in ((_C, "isa"), (torch.backends.cpu, "get_cpu_capability")):
-        with monkeypatch.context() as patch:
-            patch.setattr(target, name, lambda: "another")
-            seen.append(fingerprint())
+    seen = [fingerprint(), fingerprint(executor="reference")]
+    for settings in (
+        {"quantization": "int8"},
+        {"quantization": "int4"},
+        {"quantization": "int4", "quantization_group": 32},
+        {"quantization": "int4", "head_quantization": "none"},
+        {"kv_cache_dtype": "int8"},
+    ):
+        seen.append(fingerprint(**settings))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "another")
+    seen.append(fingerprint(executor="reference"))
     monkeypatch.setattr(torch, "__version__", "0.1")
-    seen.append(fingerprint())
+    seen.append(fingerprint(executor="reference"))
+    assert fingerprint(num_threads=2) == seen[0]
+    monkeypatch.setattr(_C, "isa", lambda: "another")
+    seen += [fingerprint(), fingerprint(executor="reference")]
     assert len(set(seen)) == len(seen)
 
 

@@ -32,6 +32,8 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     "int4-g128, kv int8": {"quantization": "int4", "kv_cache_dtype": "int8"},
 }
 ISAS = [isa for isa in _C.available_isas() if isa != "baseline"]
+if "avx512_bf16" in ISAS:
+    ISAS.append("amx_emulated")
 ARCHITECTURES = ("llama-biases", "llama-tied", "llama-sharded", "mistral", "qwen2-sliding", "qwen3", "qwen3-sliding")
 
 

@@ -277,7 +277,7 @@ def test_info_needs_no_pytorch() -> None:
     assert done.stdout.strip() == ""
 
 
-def test_without_pytorch_the_install_command_is_named(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_pytorch_the_reference_names_the_install_command(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = builtins.__import__
 
     def refuse(name: str, *others: Any, **named: Any) -> Any:
@@ -287,7 +287,8 @@ def test_without_pytorch_the_install_command_is_named(bert: Path, monkeypatch: p
 
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(MissingDependency, match=re.escape("pip install torch==2.13.0")):
-        load(bert)
+        create_embedder(EngineConfig(executor="reference"), bert, lambda done, total: None)
+    load(bert)
 
 
 def test_published_sizes(tmp_path: Path) -> None:

@@ -11,9 +11,14 @@ import pytest
 from millrace.server.config import EngineConfig
 from millrace.server.errors import ConfigError, MissingDependency, NotEnoughMemory
 from millrace.server.model.checkpoint import Checkpoint
-from millrace.server.model.executors import create_executor
-from millrace.server.model.executors.plan import Plan, fixed_bytes, make_plan
+from millrace.server.model.executors import LoadedModel, create_embedder, create_executor
+from millrace.server.model.executors.base import KVLayout
+from millrace.server.model.executors.cpu import CpuExecutor
+from millrace.server.model.executors.cpu_weights import packed_bytes, stored_bytes
+from millrace.server.model.executors.plan import Plan, fixed_bytes, make_plan, scratch_bytes
+from millrace.server.model.executors.precision import ENCODER_PRECISION, make_precision
 from millrace.server.model.memory import available_memory
+from millrace.server.model.weights import find_weights
 
 MIB, GIB = 1 << 20, 1 << 30
 
@@ -111,6 +116,144 @@ def test_available_memory(tmp_path: Path, files: dict[str, str], expected: int) 
 
 def test_available_memory_of_this_machine() -> None:
     assert MIB < available_memory() < 1 << 50
+
+
+Settings = dict[str, Any]
+PRECISIONS: list[tuple[Settings, str]] = [
+    ({}, "bf16"),
+    ({"dtype": "bfloat16", "kv_cache_dtype": "bfloat16"}, "bf16"),
+    ({"quantization": "int8"}, "int8"),
+    ({"quantization": "int8", "head_quantization": "none"}, "int8, head bf16"),
+    ({"quantization": "int4"}, "int4-g128, head int8"),
+    ({"quantization": "int4", "quantization_group": 32, "kv_cache_dtype": "int8"}, "int4-g32, head int8, kv int8"),
+    ({"quantization": "int4", "head_quantization": "int4"}, "int4-g128"),
+    ({"head_quantization": "int4", "quantization_group": 32}, "bf16, head int4-g32"),
+]
+NAMES = ("llama", "llama-biases", "llama-tied", "llama-sharded", "qwen3-sliding")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("settings", "precision"), PRECISIONS, ids=[words for _, words in PRECISIONS])
+def test_cpu_takes_what_was_planned(
+    load: Callable[..., LoadedModel], checkpoint: Callable[[str], Path], name: str, settings: Settings, precision: str
+) -> None:
+    """Weights to the byte; of each KV block what the cache is laid out with."""
+    config, opened = EngineConfig(**settings), Checkpoint.open(checkpoint(name))
+    item_bytes = stored_bytes(find_weights(opened))
+    made = make_plan(config, opened.spec, item_bytes, 8 * GIB)
+    assert (made.executor, made.dtype, made.layout.block_size) == ("cpu", precision, 32)
+    loaded = load(name, "cpu", **settings)
+    assert isinstance(loaded.executor, CpuExecutor)
+    assert loaded.executor.weight_bytes == packed_bytes(opened.spec, make_precision(config), item_bytes)
+    assert len(loaded.executor.export_blocks([0])) == loaded.executor.kv_layout.bytes_per_block
+    assert loaded.executor.kv_layout.bytes_per_block == made.layout.bytes_per_block
+
+
+def test_cpu_takes_what_was_planned_of_an_encoder(make_encoder: Callable[..., Path], tmp_path: Path) -> None:
+    for architecture in ("BertModel", "RobertaModel", "DistilBertModel"):
+        directory = make_encoder(tmp_path / architecture, architecture)
+        opened = Checkpoint.open_encoder(directory)
+        executor = create_embedder(EngineConfig(num_threads=1), directory, lambda done, total: None).executor
+        assert isinstance(executor, CpuExecutor)
+        item_bytes = stored_bytes(find_weights(opened))
+        assert executor.weight_bytes == packed_bytes(opened.spec, ENCODER_PRECISION, item_bytes)
+
+
+def test_weights_shrink_with_their_width(load: Callable[..., LoadedModel]) -> None:
+    """Of tiny matrices, whose padding and tables do not shrink, by less than the width says."""
+    sizes = [
+        load("llama", "cpu", **settings).executor.weight_bytes
+        for settings in ({}, {"quantization": "int8"}, {"quantization": "int4"})
+    ]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[1] < 0.8 * sizes[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message", "remedy"),
+    [
+        ({"dtype": "float32"}, "--dtype float32: .*add --executor reference", {"executor": "reference"}),
+        ({"block_size": 16}, "--block-size 16: .*keeps blocks of 32 tokens", {"block_size": 32}),
+        ({"quantization_group": 32}, "--quantization-group .*add --quantization int4", {"quantization": "int4"}),
+        (
+            {"quantization_group": 128, "quantization": "int8"},
+            "--quantization-group .*add --quantization int4",
+            {"quantization": "int4"},
+        ),
+        (
+            {"executor": "reference", "quantization": "int8"},
+            "--quantization int8: the reference executor has float32 only",
+            {"quantization": "none"},
+        ),
+        (
+            {"executor": "reference", "quantization_group": 32},
+            "--quantization-group 32: the reference executor has float32 only",
+            {"quantization_group": None},
+        ),
+        (
+            {"executor": "reference", "head_quantization": "int4"},
+            "--head-quantization int4: the reference executor has float32 only",
+            {"executor": "cpu"},
+        ),
+        (
+            {"executor": "reference", "kv_cache_dtype": "int8"},
+            "--kv-cache-dtype int8: the reference executor has float32 only",
+            {"kv_cache_dtype": "auto"},
+        ),
+        (
+            {"executor": "reference", "dtype": "bfloat16"},
+            "--dtype bfloat16: the reference executor has float32 only",
+            {"executor": "auto"},
+        ),
+    ],
+)
+def test_what_an_executor_cannot_do_names_a_setting_that_then_works(
+    checkpoint: Callable[[str], Path], settings: Settings, message: str, remedy: Settings
+) -> None:
+    model = {"model": str(checkpoint("llama")), "max_num_seqs": 2, "num_threads": 1}
+    with pytest.raises(ConfigError, match=message):
+        create_executor(EngineConfig(**model | settings), lambda done, total: pytest.fail("something was read"))
+    create_executor(EngineConfig(**model | settings | remedy), lambda done, total: None)
+
+
+def test_cpu_counts_its_memory(checkpoint: Callable[[str], Path]) -> None:
+    """What does not fit is refused, and what the message names then fits."""
+    opened = Checkpoint.open(checkpoint("llama"))
+    item_bytes = stored_bytes(find_weights(opened))
+
+    def plan(available: int, **settings: Any) -> Plan:
+        return make_plan(EngineConfig(**settings), opened.spec, item_bytes, available)
+
+    fixed = packed_bytes(opened.spec, make_precision(EngineConfig()), item_bytes)
+    fixed += scratch_bytes(opened.spec, 512, 256) + 64 * MIB
+    block_bytes = (
+        3 * 2 * 2 * 16 * 32 * 2
+    )  # layers, keys and values, heads, their size of 12 filled up, tokens, bfloat16
+    assert plan(8 * GIB).layout == KVLayout(32, 256 * 16, block_bytes)
+    assert plan(8 * GIB, kv_cache_dtype="int8").layout.bytes_per_block == block_bytes // 2 + 3 * 2 * 2 * 32 * 4
+    assert plan(fixed + 16 * block_bytes).layout.num_blocks == 16
+    with pytest.raises(NotEnoughMemory, match="--max-model-len to at most 480"):
+        plan(fixed + 16 * block_bytes - 1)
+    assert plan(fixed + 16 * block_bytes - 1, max_model_len=480).layout.num_blocks == 15
+    with pytest.raises(NotEnoughMemory, match=r"lower --max-num-batched-tokens or serve a smaller --model"):
+        plan(fixed - 1)
+    assert plan(fixed - 1, max_num_batched_tokens=64).max_model_len == 512
+    with pytest.raises(ConfigError, match=r"raise it to 1MiB or set --max-model-len to at most 32$"):
+        plan(8 * GIB, kv_cache_memory=block_bytes)
+    assert plan(8 * GIB, kv_cache_memory=block_bytes, max_model_len=32).layout.num_blocks == 1
+
+
+def test_a_machine_without_avx2_is_sent_to_the_reference(
+    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = {"model": str(checkpoint("llama")), "max_num_seqs": 2, "num_threads": 1}
+    monkeypatch.setenv("MILLRACE_ISA", "baseline")
+    with pytest.raises(ConfigError, match=r"needs AVX2 and FMA, .* add --executor reference"):
+        create_executor(EngineConfig(**model), lambda done, total: None)
+    create_executor(EngineConfig(**model, executor="reference"), lambda done, total: None)
+    monkeypatch.setenv("MILLRACE_ISA", "neon")
+    with pytest.raises(ConfigError, match="MILLRACE_ISA=neon: this machine has baseline"):
+        create_executor(EngineConfig(**model), lambda done, total: None)
 
 
 def test_created_model_tells_what_it_is(checkpoint: Callable[[str], Path]) -> None:

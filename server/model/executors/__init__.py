@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from millrace.kernels import _C
 from millrace.server.config import EngineConfig
 from millrace.server.errors import MissingDependency, NotEnoughMemory
 from millrace.server.model.checkpoint import Checkpoint, checkpoint_digest
@@ -13,7 +12,7 @@ from millrace.server.model.embedder import embedder_info
 from millrace.server.model.executors.base import Executor, KVLayout
 from millrace.server.model.executors.cpu import CpuExecutor, thread_pool
 from millrace.server.model.executors.cpu_weights import stored_bytes
-from millrace.server.model.executors.plan import make_plan, plan_encoder, uses_cpu
+from millrace.server.model.executors.plan import instruction_set, make_plan, plan_encoder, uses_cpu
 from millrace.server.model.executors.precision import ENCODER_PRECISION, Precision, make_precision
 from millrace.server.model.hub import locate
 from millrace.server.model.spec import ModelSpec
@@ -48,10 +47,10 @@ def create_executor(config: EngineConfig, progress: Progress) -> LoadedModel:
     plan = make_plan(config, checkpoint.spec, stored_bytes(found))
     if uses_cpu(config):
         executor = _cpu_executor(config, checkpoint.spec, found, make_precision(config), plan.layout, progress)
-        build: tuple[str, ...] = (f"kernels {_C.isa()}",)
+        build: tuple[str, ...] = (f"kernels {instruction_set()}",)
     else:
         executor, library = _reference_executor(config, checkpoint.spec, found, plan.layout, progress)
-        build = (f"kernels {_C.isa()}", library)
+        build = (f"kernels {instruction_set()}", library)
     info = BackendInfo(
         fingerprint=checkpoint.fingerprint(plan.executor, plan.dtype, build),
         executor=plan.executor,

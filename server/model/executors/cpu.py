@@ -55,6 +55,11 @@ class CpuExecutor:
         return self._layout
 
     @property
+    def weight_bytes(self) -> int:
+        """Memory that the weights take."""
+        return self._running.weight_bytes
+
+    @property
     def progress(self) -> int:
         return 0 if self._model is None else self._model.progress
 

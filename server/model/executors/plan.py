@@ -97,9 +97,17 @@ def uses_cpu(config: EngineConfig) -> bool:
     """Whether the native runtime runs the model. Raises ConfigError where this machine has not what it needs."""
     if config.executor == "reference":
         return False
-    if _C.isa() == "baseline":
+    if instruction_set() == "baseline":
         raise ConfigError("the cpu executor needs AVX2 and FMA, which this machine has not: add --executor reference")
     return True
+
+
+def instruction_set() -> str:
+    """What kernels run with. Raises ConfigError where MILLRACE_ISA names what this machine has not."""
+    try:
+        return _C.isa()
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _cpu_costs(config: EngineConfig, spec: ModelSpec, item_bytes: Mapping[str, int]) -> Costs:
@@ -115,8 +123,8 @@ def _cpu_costs(config: EngineConfig, spec: ModelSpec, item_bytes: Mapping[str, i
 
 
 def _reference_costs(config: EngineConfig, spec: ModelSpec, max_model_len: int) -> Costs:
-    for name in ("quantization", "head_quantization", "kv_cache_dtype", "dtype"):
-        if getattr(config, name) not in ("none", "auto", "float32"):
+    for name in ("quantization", "quantization_group", "head_quantization", "kv_cache_dtype", "dtype"):
+        if getattr(config, name) not in ("none", "auto", "float32", None):
             words = name.replace("_", "-")
             raise ConfigError(f"--{words} {getattr(config, name)}: the reference executor has float32 only")
     block_size = config.block_size or REFERENCE_BLOCK_SIZE

@@ -47,8 +47,8 @@ def make_precision(config: EngineConfig) -> Precision:
     """Raises ConfigError for settings that contradict each other."""
     if config.dtype == "float32":
         raise ConfigError("--dtype float32: the cpu executor computes in bfloat16; add --executor reference")
-    if config.quantization_group is not None and config.quantization != "int4":
-        raise ConfigError("--quantization-group is of --quantization int4 only")
+    if config.quantization_group is not None and "int4" not in (config.quantization, config.head_quantization):
+        raise ConfigError("--quantization-group is of int4 weights only: add --quantization int4")
     layers = _packing(config.quantization, config.quantization_group)
     # Four bits cost the head more than they save: it decides every token, and is a fraction of the weights.
     head = Packing("int8") if layers.width == "int4" else layers
