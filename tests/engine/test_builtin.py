@@ -1,0 +1,114 @@
+"""The engine with the built-in model: what runs at once, in pieces or again is what runs alone.
+
+On the cpu executor to the bit; on the reference but for tokens that are level.
+"""
+
+from functools import cache
+
+import pytest
+from engine_fakes import make_request
+
+from millrace.server.config import EngineConfig
+from millrace.server.engine.engine import Engine
+from millrace.server.model.executors import create_executor
+from millrace.server.types import Sampling
+
+NEAR = 1e-4  # two log-probabilities closer than this may change places when sums are taken in another order
+CONTEXT = 96
+BLOCK_SIZES = {"reference": 4, "cpu": 32}
+SCARCE = {"reference": 40, "cpu": 4}  # blocks, of which running sequences lose some to others
+
+
+@cache
+def bytes_per_block(executor):
+    config = EngineConfig(max_model_len=CONTEXT, block_size=BLOCK_SIZES[executor], executor=executor, num_threads=1)
+    return create_executor(config, lambda done, total: None).executor.kv_layout.bytes_per_block
+
+
+def load(executor, steps_in_flight=1, blocks=512, **settings):
+    config = EngineConfig(
+        executor=executor,
+        max_model_len=CONTEXT,
+        block_size=BLOCK_SIZES[executor],
+        kv_cache_memory=blocks * bytes_per_block(executor),
+        num_threads=1,
+        **settings,
+    )
+    model = create_executor(config, lambda done, total: None)
+    return Engine(model.executor, model.info, config, steps_in_flight)
+
+
+def make_requests(**sampling):
+    prompts = [[(7 * i + 31 * j) % 4000 + 300 for j in range(1 + 3 * i)] for i in range(16)]
+    return [
+        make_request(i, prompt, sampling=Sampling(seed=i, **sampling), max_output_tokens=12, logprobs_top_n=2)
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+def run(engine):
+    """All that each sequence reports of its tokens, and how often one was preempted."""
+    drawn, preemptions = {}, 0
+    while engine.has_work:
+        output = engine.step()
+        engine.check()
+        assert not any(finish.error for finish in output.finished)
+        preemptions = output.stats.preemptions_total
+        for token in output.tokens:
+            facts = (token.token_id, token.logprob, *token.top_ids, *token.top_logprobs)
+            drawn.setdefault(token.sequence_id, []).append(facts)
+    return drawn, preemptions
+
+
+@cache
+def solo(executor, *, temperature, repetition_penalty):
+    engine, alone = load(executor), {}
+    for request in make_requests(temperature=temperature, repetition_penalty=repetition_penalty):
+        engine.submit(request)
+        alone |= run(engine)[0]
+    engine.close()
+    return alone
+
+
+def first_difference(one, other):
+    """The margin, where they part, between the two most likely tokens; None where they do not."""
+    pairs = zip(one, other, strict=True)
+    return next((facts[-2] - facts[-1] for facts, rival in pairs if facts[0] != rival[0]), None)
+
+
+def assert_equal(executor, alone, together):
+    if executor == "cpu":
+        assert together == alone
+        return
+    assert together.keys() == alone.keys()
+    differences = [first_difference(alone[i], together[i]) for i in alone]
+    assert all(margin is None or margin < NEAR for margin in differences)
+    assert differences.count(None) >= 14
+
+
+# At a temperature, a draw of the reference may fall between two sums of the same numbers.
+@pytest.mark.parametrize(("executor", "temperature"), [("reference", 0.0), ("cpu", 0.0), ("cpu", 0.8)])
+@pytest.mark.parametrize(
+    ("repetition_penalty", "settings", "preempts"),
+    [
+        (1.0, {}, False),
+        (1.0, {"max_num_batched_tokens": 7}, False),
+        (1.3, {"steps_in_flight": 2}, False),
+        (1.0, {"blocks": SCARCE}, True),
+        (1.3, {"blocks": SCARCE, "steps_in_flight": 2, "max_num_batched_tokens": 20}, True),
+    ],
+    ids=["together", "in chunks of 7", "two steps in flight", "preempted", "everything at once"],
+)
+def test_sixteen_concurrent_requests_equal_their_solo_runs(
+    executor, temperature, repetition_penalty, settings, preempts
+):
+    if "blocks" in settings:
+        settings = settings | {"blocks": settings["blocks"][executor]}
+    sampling = {"temperature": temperature, "repetition_penalty": repetition_penalty}
+    engine = load(executor, **settings)
+    for request in make_requests(**sampling):
+        engine.submit(request)
+    together, preemptions = run(engine)
+    engine.close()
+    assert (preemptions > 0) == preempts
+    assert_equal(executor, solo(executor, **sampling), together)
