@@ -144,7 +144,7 @@ def test_flags_arrive_as_settings(alone: bool, monkeypatch: pytest.MonkeyPatch) 
                 continue  # of a worker elsewhere, or only of one here
             flag = f"--{name.replace('_', '-')}"
             default = field.get_default(call_default_factory=True)
-            value = default if default is not None else "9"
+            value = default if default is not None else "32"
             wanted[name] = value
             words += [f"--no-{flag[2:]}"] if value is False else [flag, str(value)]
     result = CliRunner().invoke(cli.app, ["doctor", *words])

@@ -16,7 +16,8 @@ from millrace.server.types import Sampling
 NEAR = 1e-4  # two log-probabilities closer than this may change places when sums are taken in another order
 CONTEXT = 96
 BLOCK_SIZES = {"reference": 4, "cpu": 32}
-SCARCE = {"reference": 40, "cpu": 4}  # blocks, of which running sequences lose some to others
+OUTPUT_TOKENS = {"reference": 12, "cpu": 48}  # so that they grow by more than a block
+SCARCE = {"reference": 40, "cpu": 8}  # blocks, of which running sequences lose some to others
 
 
 @cache
@@ -38,10 +39,11 @@ def load(executor, steps_in_flight=1, blocks=512, **settings):
     return Engine(model.executor, model.info, config, steps_in_flight)
 
 
-def make_requests(**sampling):
+def make_requests(executor, **sampling):
     prompts = [[(7 * i + 31 * j) % 4000 + 300 for j in range(1 + 3 * i)] for i in range(16)]
+    outputs = OUTPUT_TOKENS[executor]
     return [
-        make_request(i, prompt, sampling=Sampling(seed=i, **sampling), max_output_tokens=12, logprobs_top_n=2)
+        make_request(i, prompt, sampling=Sampling(seed=i, **sampling), max_output_tokens=outputs, logprobs_top_n=2)
         for i, prompt in enumerate(prompts)
     ]
 
@@ -63,7 +65,7 @@ def run(engine):
 @cache
 def solo(executor, *, temperature, repetition_penalty):
     engine, alone = load(executor), {}
-    for request in make_requests(temperature=temperature, repetition_penalty=repetition_penalty):
+    for request in make_requests(executor, temperature=temperature, repetition_penalty=repetition_penalty):
         engine.submit(request)
         alone |= run(engine)[0]
     engine.close()
@@ -106,7 +108,7 @@ def test_sixteen_concurrent_requests_equal_their_solo_runs(
         settings = settings | {"blocks": settings["blocks"][executor]}
     sampling = {"temperature": temperature, "repetition_penalty": repetition_penalty}
     engine = load(executor, **settings)
-    for request in make_requests(**sampling):
+    for request in make_requests(executor, **sampling):
         engine.submit(request)
     together, preemptions = run(engine)
     engine.close()
