@@ -80,7 +80,7 @@ def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass(frozen=True)
 class Environment:
-    """A virtual environment that shares our dependencies, but neither our package nor, first, PyTorch."""
+    """A virtual environment that shares our dependencies, but neither our package nor PyTorch."""
 
     directory: Path
 
@@ -123,7 +123,7 @@ class TestBuilt:
     def test_source_distribution(self, sdist: Path) -> None:
         with tarfile.open(sdist) as archive:
             names = {name.partition("/")[2] for name in archive.getnames()}
-        assert {"CMakeLists.txt", "csrc/bindings/kernels.cpp", "proto/millrace/v1/generation.proto"} <= names
+        assert {"CMakeLists.txt", "csrc/bindings/module.cpp", "proto/millrace/v1/generation.proto"} <= names
         assert not [n for n in names if n.startswith("tests") or "_pb2" in n or n.endswith(".so")]
 
     def test_wheel_holds_what_serving_needs(self, wheel: Path) -> None:
@@ -154,8 +154,8 @@ class TestBuilt:
         site = installed.python.parent.parent
         assert all(Path(file).is_relative_to(site) for file in installed.run("-c", script).stdout.split())
 
-    def test_serving_without_pytorch_says_what_to_install(self, installed: Environment) -> None:
-        flags = ("--port", "0", "--metrics-port", "0")
+    def test_the_reference_executor_says_what_to_install(self, installed: Environment) -> None:
+        flags = ("--port", "0", "--metrics-port", "0", "--executor", "reference")
         done = installed.run("-m", "millrace.server.cli", "serve", *flags, check=False)
         complaints = [line for line in done.stderr.splitlines() if line.startswith("millrace:")]
         assert done.returncode == 1, done.stderr
@@ -176,11 +176,8 @@ class TestBuilt:
         done = run(sys.executable, "-m", "mypy", *options, *config, script, cwd=installed.directory, check=False)
         assert 'Revealed type is "int"' in done.stdout.replace("builtins.", ""), done.stdout
 
-    def test_demo_of_the_wheel(self, wheel: Path, tmp_path: Path) -> None:
-        environment = Environment.make(tmp_path)
-        environment.share(lambda name: name.startswith("torch"))
-        environment.install(wheel)
-        done = environment.run("-m", "millrace.server.demo")
+    def test_demo_of_the_wheel_without_pytorch(self, installed: Environment) -> None:
+        done = installed.run("-m", "millrace.server.demo")
         assert "tokens/s" in done.stdout
 
     def test_client_of_a_stranger(self, tmp_path: Path) -> None:

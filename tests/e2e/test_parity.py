@@ -10,27 +10,32 @@ import transformers
 from millrace.v1 import generation_pb2 as pb
 
 STEPS = 64
-TIE = 1e-4
+# Logits this near to each other may change places: cpu rounds to bfloat16.
+TIE = {"reference": 1e-4, "cpu": 0.05}
 
 
-def assert_greedy(model: torch.nn.Module, prompt: list[int], output: list[int]) -> None:
-    """Every token is the best one given those before it, or lies within TIE of the best."""
+def assert_greedy(model: torch.nn.Module, prompt: list[int], output: list[int], tie: float) -> None:
+    """Every token is the best one given those before it, or lies within `tie` of the best."""
     with torch.inference_mode():
         logits = model(torch.tensor([prompt + output])).logits[0, len(prompt) - 1 : -1]
     for position, (row, token) in enumerate(zip(logits, output, strict=True)):
         if int(row.argmax()) != token:
-            assert float(row.max() - row[token]) <= TIE, f"token {position} is {token}, not {int(row.argmax())}"
+            assert float(row.max() - row[token]) <= tie, f"token {position} is {token}, not {int(row.argmax())}"
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("executor", "block_size"), [("reference", "16"), ("cpu", "32")])
 @pytest.mark.parametrize(
     "architecture", ["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"]
 )
-def test_greedy_ids_over_grpc(architecture: str, make_checkpoint, start_server, tmp_path: Path) -> None:
+def test_greedy_ids_over_grpc(
+    architecture: str, executor: str, block_size: str, make_checkpoint, start_server, tmp_path: Path
+) -> None:
     directory = make_checkpoint(tmp_path / "model", architecture)
     server = start_server(
-        "--model", str(directory), "--served-model-name", "tiny", "--block-size", "16", "--max-num-batched-tokens", "7"
-    )
+        "--model", str(directory), "--served-model-name", "tiny", "--executor", executor, "--block-size", block_size,
+        "--max-num-batched-tokens", "7",
+    )  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     draw = random.Random(architecture)
     for length in (1, 15, 16, 17, 300):
@@ -48,5 +53,5 @@ def test_greedy_ids_over_grpc(architecture: str, make_checkpoint, start_server, 
         output = list(reply.choices[0].token_ids.ids)
         assert len(output) == STEPS
         assert reply.usage == pb.Usage(prompt_tokens=length, output_tokens=STEPS)
-        assert_greedy(model, prompt, output)
+        assert_greedy(model, prompt, output, TIE[executor])
     assert server.stop() == 0

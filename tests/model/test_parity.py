@@ -26,8 +26,8 @@ from millrace.server.model.weights import find_weights, stream_weights
 LENGTHS = (1, 15, 16, 17, 300)
 CHUNK = 7
 TOLERANCE = 1e-4
-# Of the cpu executor: error of a prompt's logits as a part of their norm (one token's is at most twice that), and by how
-# much of the logits' root mean square a token may lie behind the best one and still be chosen. Integers multiply
+# Of the cpu executor: error of a prompt's logits as a part of their norm (one token's is at most twice that), and by
+# how much of the logits' root mean square a token may lie behind the best one and still be chosen. Integers multiply
 # activations of 8 bits.
 NEAR = {"bf16": (0.02, 0.05), "int8": (0.04, 0.15), "int4": (0.04, 0.15)}
 PRECISIONS: dict[str, dict[str, Any]] = {
