@@ -9,7 +9,7 @@ SHELL := /bin/bash
 
 VENV := .venv
 PY := $(VENV)/bin/python
-# What serves until the native runtime does. Installed first: a bare "torch" may mean gigabytes of CUDA.
+# What the reference executor and tests need. Installed first: a bare "torch" may mean gigabytes of CUDA.
 TORCH ?= torch==2.13.0
 # Python 3.11 or newer; set it to choose: make install PYTHON=python3.12
 PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(shell \
