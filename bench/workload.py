@@ -103,9 +103,13 @@ class Meter:
         speeds.prefill = max(work.prefill / self._run(1, work.prefill, 1)[-1][0] for _ in range(work.repeats))
         for batch in work.batches:
             speeds.decode[batch] = max(self.decode(batch, work) for _ in range(work.repeats_of(batch)))
-        end = self._run(work.requests, work.request_prompt, work.request_output)[-1][0]
-        speeds.mixed = work.requests * work.request_output / end
+        speeds.mixed = self.mixed(work)
         return speeds
+
+    def mixed(self, work: Workload) -> float:
+        """Output tokens per second, prompts included in the time."""
+        end = self._run(work.requests, work.request_prompt, work.request_output)[-1][0]
+        return work.requests * work.request_output / end
 
     def decode(self, batch: int, work: Workload) -> float:
         """Tokens per second of the steps in which every request of the batch decodes."""
