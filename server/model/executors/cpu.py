@@ -12,7 +12,16 @@ import numpy as np
 from millrace.kernels import _C
 from millrace.kernels.sampling import sample_result
 from millrace.server.errors import FeatureUnsupported
-from millrace.server.model.executors.base import Batch, Float32, Int32, KVLayout, Output, StepResult, Ticket
+from millrace.server.model.executors.base import (
+    Batch,
+    Float32,
+    Int32,
+    KVLayout,
+    Output,
+    SamplingColumns,
+    StepResult,
+    Ticket,
+)
 from millrace.server.model.executors.cpu_weights import Loader, packed_bytes, stored_bytes
 from millrace.server.model.executors.draws import NO_DRAWS, Draws, accept_draws, plan_draws
 from millrace.server.model.executors.precision import Precision
@@ -21,7 +30,8 @@ from millrace.server.model.executors.tickets import Tickets, check_runnable, che
 from millrace.server.model.spec import ModelSpec
 from millrace.server.model.weights import Found, Progress
 
-NOTHING = np.empty(0, np.int32)
+COLUMNS = tuple(field.name for field in fields(SamplingColumns))
+NO_EMBEDDINGS = np.empty(0, np.int32), np.empty((0, 0), np.float32)
 
 
 @cache
@@ -77,7 +87,7 @@ class CpuExecutor:
         return self._tickets.keep(accept_draws(batch, draws, sample_result(native), pooled, errors))
 
     def _step(self, batch: Batch, token_ids: Int32, draws: Draws, pooled: Int32) -> "tuple[_C.Sampled, Float32]":
-        columns = {field.name: getattr(draws.sampling, field.name) for field in fields(draws.sampling)}
+        columns = {name: getattr(draws.sampling, name) for name in COLUMNS}
         return self._running.step(
             token_ids, batch.positions, batch.slots, batch.offsets, batch.context_lens, batch.block_tables,
             draws.tokens, pooled, _embeddings(batch.embeddings), columns, [(m.row, m.words) for m in draws.masks],
@@ -118,5 +128,5 @@ class CpuExecutor:
 def _embeddings(embeddings: Mapping[int, Float32]) -> tuple[Int32, Float32]:
     """Indices [E] and vectors [E, hidden] of tokens that come as embeddings."""
     if not embeddings:
-        return NOTHING, np.empty((0, 0), np.float32)
+        return NO_EMBEDDINGS
     return np.fromiter(embeddings, np.int32), np.ascontiguousarray(np.stack(list(embeddings.values())), np.float32)

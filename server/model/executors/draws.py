@@ -53,9 +53,10 @@ def plan_draws(batch: Batch, token_ids: Int32) -> Draws:
     ahead = np.arange(first[-1], dtype=np.int32) - first[owner]
     tokens = batch.offsets[rows + 1][owner] - 1 - drafts[owner] + ahead
     sampling = batch.sampling
-    additions = _additions(batch, token_ids, rows, drafts)
-    if drafts.any() or any(addition.size for addition in additions):
-        sampling = _expand(sampling, owner, ahead, additions)
+    if batch.placeholders or drafts.any():
+        additions = _additions(batch, token_ids, rows, drafts)
+        if drafts.any() or any(addition.size for addition in additions):
+            sampling = _expand(sampling, owner, ahead, additions)
     masks = [
         TokenMask(draw, mask.words, mask.is_ready)
         for mask in batch.masks
@@ -110,6 +111,8 @@ def accept_draws(
     batch: Batch, draws: Draws, sampled: SampleResult, pooled: Mapping[int, Float32], errors: Mapping[int, str]
 ) -> StepResult:
     """Keep each row's draws up to the first wrong draft. `errors`: rows that failed before they sampled."""
+    if len(draws.tokens) == len(draws.rows) and not errors and not sampled.errors:
+        return _accept_all(batch, sampled, pooled)
     failed = dict(errors)
     kept: list[int] = []
     counts = np.zeros(len(batch.outputs), np.int32)
@@ -134,6 +137,19 @@ def accept_draws(
         top_logprobs=_join((sampled.top_logprobs[top] for top in tops), np.float32),
         pooled={row: vector for row, vector in pooled.items() if row not in failed},
         errors=failed,
+    )
+
+
+def _accept_all(batch: Batch, sampled: SampleResult, pooled: Mapping[int, Float32]) -> StepResult:
+    """The same where nothing was drafted and nothing failed: most steps."""
+    return StepResult(
+        offsets=_offsets(batch.outputs == Output.SAMPLE),
+        token_ids=sampled.token_ids,
+        logprobs=sampled.logprobs,
+        top_offsets=sampled.top_offsets,
+        top_token_ids=sampled.top_token_ids,
+        top_logprobs=sampled.top_logprobs,
+        pooled=pooled,
     )
 
 
