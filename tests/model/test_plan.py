@@ -3,6 +3,7 @@
 import builtins
 import re
 from collections.abc import Callable
+from mmap import PAGESIZE
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from millrace.server.model.executors.cpu import CpuExecutor
 from millrace.server.model.executors.cpu_weights import packed_bytes, stored_bytes
 from millrace.server.model.executors.plan import Plan, fixed_bytes, make_plan, scratch_bytes
 from millrace.server.model.executors.precision import ENCODER_PRECISION, make_precision
+from millrace.server.model.executors.texts import pack_texts
 from millrace.server.model.memory import available_memory
 from millrace.server.model.weights import find_weights
 
@@ -157,6 +159,20 @@ def test_cpu_takes_what_was_planned_of_an_encoder(make_encoder: Callable[..., Pa
         assert isinstance(executor, CpuExecutor)
         item_bytes = stored_bytes(find_weights(opened))
         assert executor.weight_bytes == packed_bytes(opened.spec, ENCODER_PRECISION, item_bytes)
+
+
+def test_a_step_of_an_encoder_takes_what_was_planned(make_encoder: Callable[..., Path], tmp_path: Path) -> None:
+    """Of address space, in whole huge pages: texts of one token each take a block each."""
+    directory = make_encoder(tmp_path / "encoder", hidden_size=192, intermediate_size=192)
+    executor = create_embedder(EngineConfig(num_threads=1), directory, lambda done, total: None).executor
+
+    def mapped() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[0]) * PAGESIZE
+
+    before, texts = mapped(), pack_texts([[7]] * 512)
+    executor.collect(executor.submit(texts))
+    planned = scratch_bytes(Checkpoint.open_encoder(directory).spec, 512, 0)
+    assert planned / 2 < mapped() - before < planned + 4 * MIB
 
 
 def test_weights_shrink_with_their_width(load: Callable[..., LoadedModel]) -> None:

@@ -134,11 +134,16 @@ def _reference_costs(config: EngineConfig, spec: ModelSpec, max_model_len: int) 
 
 
 def scratch_bytes(spec: ModelSpec, tokens: int, sequences: int) -> int:
-    """The arrays of a step of the cpu executor, rounded up."""
+    """The arrays of a step of the cpu executor, rounded up. An encoder's texts may each be one token in a block."""
     widths = [(layer.attention.heads + layer.attention.kv_heads) * layer.attention.head_dim for layer in spec.layers]
     mlp = max(layer.mlp.size for layer in spec.layers)
     row = 4 * (3 * spec.hidden_size + 3 * max(widths)) + 6 * mlp
-    return tokens * row + min(sequences, tokens) * spec.vocab_size * FLOAT_BYTES
+    texts = 0
+    if not spec.causal:
+        blocks = tokens + tokens // _C.BLOCK_TOKENS
+        attention = [layer.attention for layer in spec.layers]
+        texts = blocks * max(_C.kv_block_bytes("bf16", a.kv_heads, a.head_dim) for a in attention)
+    return tokens * row + min(sequences, tokens) * spec.vocab_size * FLOAT_BYTES + texts
 
 
 def fixed_bytes(spec: ModelSpec, tokens: int, sequences: int, context: int) -> int:
