@@ -58,6 +58,7 @@ def test_version() -> None:
         ["worker", "--listen", "unix:/s", "--grace", "nan"],
         ["serve", "--prot", "1"],
         ["serve", "--port", "x"],
+        ["bench", "coffee"],
         ["brew"],
     ],
 )
@@ -83,6 +84,7 @@ def test_wrong_usage(words: list[str]) -> None:
         (["worker", "--listen", "nowhere"], "unix:PATH"),
         (["worker", "--listen", "unix:/s", "--block-size", "0"], "block_size"),
         (["keys", "new", "--tenant", "a b"], "'a b'"),
+        (["doctor", "--quantization-group", "64"], "32 or 128"),
     ],
 )
 def test_failures_are_one_line(words: list[str], named: str) -> None:
@@ -91,6 +93,15 @@ def test_failures_are_one_line(words: list[str], named: str) -> None:
     assert done.stderr.startswith("millrace: ")
     assert done.stderr.count("\n") == 1
     assert named in done.stderr
+
+
+def test_bench_lists_and_runs_benchmarks() -> None:
+    listed = millrace("bench").stdout
+    assert {"engine", "kernels", "quality", "roof", "serving"} <= set(listed.split())
+    assert "usage: millrace bench quality" in millrace("bench", "quality", "--help").stdout
+    wrong = millrace("bench", "quality", "--windows", "many")
+    assert wrong.returncode == 2
+    assert "--windows" in wrong.stderr
 
 
 def test_bytes_that_are_no_text_are_one_line() -> None:

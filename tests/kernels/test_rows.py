@@ -286,11 +286,17 @@ def single(*shape: int) -> Float32:
         (lambda: rows.rotate(single(2, 8), 4, single(1, 2), single(1, 2)), "x must be"),
         (lambda: rows.embed_rows(single(2, 3), "float32", np.array([2], np.int32), single(1, 3)), r"ids\[0\] = 2"),
         (lambda: rows.embed_rows(single(2, 3), "bfloat16", np.array([1], np.int32), single(1, 3)), "must be uint16"),
-        (lambda: rows.embed_rows(single(2, 3), "int8", np.array([1], np.int32), single(1, 3)), "stored must be one of float32, float16, bfloat16, not int8"),
+        (
+            lambda: rows.embed_rows(single(2, 3), "int8", np.array([1], np.int32), single(1, 3)),
+            "stored must be one of .* not int8",
+        ),
         (lambda: rows.add_rows(single(2, 3), single(1, 3)), "out must be"),
         (lambda: rows.mean_rows(np.empty((0, 3), np.float32), single(1, 3)), "no mean of none"),
         (lambda: rows.normalize(np.broadcast_to(single(1, 3), (1, 3))), "x must be writeable"),
-        (lambda: rows.activate(single(1, 3), "swish"), "kind must be one of none, silu, gelu, gelu_tanh, relu, not swish"),
+        (
+            lambda: rows.activate(single(1, 3), "swish"),
+            "kind must be one of none, silu, .* not swish",
+        ),
     ],
 )
 def test_bad_arguments_are_named(call: Callable[[], object], message: str) -> None:
