@@ -79,6 +79,12 @@ class EngineConfig(Component):
     max_queued_requests: int = Field(1024, ge=1, description="sequences that wait, at most")
     max_queued_tokens: int = Field(1_048_576, ge=1, description="prompt tokens that wait, at most")
     num_threads: int | None = Field(None, ge=1, le=1024, description="compute threads (default: one per core)")
+    first_core: int = Field(
+        0,
+        ge=0,
+        le=65_535,
+        description="where among this process's cores the threads begin: workers of one host divide them",
+    )
 
     @field_validator("quantization_group")
     @classmethod

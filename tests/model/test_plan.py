@@ -189,6 +189,7 @@ def test_weights_shrink_with_their_width(load: Callable[..., LoadedModel]) -> No
     ("settings", "message", "remedy"),
     [
         ({"dtype": "float32"}, "--dtype float32: .*add --executor reference", {"executor": "reference"}),
+        ({"first_core": 4096}, r"--first-core 4096: this process may use \d+ cores", {"first_core": 0}),
         ({"block_size": 16}, "--block-size 16: .*keeps blocks of 32 tokens", {"block_size": 32}),
         ({"quantization_group": 32}, "--quantization-group .*add --quantization int4", {"quantization": "int4"}),
         (

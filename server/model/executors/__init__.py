@@ -91,7 +91,7 @@ def _cpu_executor(
     progress: Progress,
 ) -> Executor:
     try:
-        return CpuExecutor(spec, found, precision, layout, thread_pool(config.num_threads), progress)
+        return CpuExecutor(spec, found, precision, layout, thread_pool(config.num_threads, config.first_core), progress)
     except MemoryError as error:
         raise NotEnoughMemory(f"{error}: free some memory, or serve a smaller --model") from None
 

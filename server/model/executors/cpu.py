@@ -35,9 +35,9 @@ NO_EMBEDDINGS = np.empty(0, np.int32), np.empty((0, 0), np.float32)
 
 
 @cache
-def thread_pool(threads: int | None) -> _C.Pool:
-    """One for all models of the process: their steps take turns. None: a thread for each core there is."""
-    return _C.Pool(threads or _C.available_cores())
+def thread_pool(threads: int | None, first_core: int) -> _C.Pool:
+    """One for all models of the process: their steps take turns. None: a thread for each core from the first on."""
+    return _C.Pool(threads or max(_C.available_cores() - first_core, 1), first_core)
 
 
 class CpuExecutor:

@@ -114,6 +114,9 @@ def _cpu_costs(config: EngineConfig, spec: ModelSpec, item_bytes: Mapping[str, i
     block_size = _C.BLOCK_TOKENS
     if config.block_size not in (None, block_size):
         raise ConfigError(f"--block-size {config.block_size}: the cpu executor keeps blocks of {block_size} tokens")
+    cores = _C.available_cores()
+    if config.first_core >= cores:
+        raise ConfigError(f"--first-core {config.first_core}: this process may use {cores} cores, counted from 0")
     precision = make_precision(config)
     kept = [layer.attention for layer in spec.layers if layer.attention.causal]
     block_bytes = sum(_C.kv_block_bytes(precision.kv, a.kv_heads, a.head_dim) for a in kept)
