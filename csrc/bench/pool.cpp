@@ -1,9 +1,12 @@
 #include "bench/pool.h"
 
+#include <sys/resource.h>
+
 #include <algorithm>
 #include <chrono>
 #include <limits>
 #include <stdexcept>
+#include <thread>
 
 #include "runtime/pool.h"
 
@@ -25,6 +28,15 @@ double least_mean(int rounds, Batch&& batch) {
     least = std::min(least, std::chrono::duration<double, std::nano>(Clock::now() - start).count() / kBatch);
   }
   return least;
+}
+
+double processor_microseconds(int who) {
+  rusage usage{};
+  getrusage(who, &usage);
+  const auto microseconds = [](const timeval& t) {
+    return 1e6 * static_cast<double>(t.tv_sec) + static_cast<double>(t.tv_usec);
+  };
+  return microseconds(usage.ru_utime) + microseconds(usage.ru_stime);
 }
 
 }  // namespace
@@ -52,6 +64,19 @@ double share_nanoseconds(int threads, int rounds) {
       for (int i = 0; i < n; ++i) pool.share(thread, threads, 1, [](std::int64_t, std::int64_t) {});
     });
   });
+}
+
+double idle_microseconds(int threads, int rounds) {
+  if (threads < 2 || rounds < 1) throw std::invalid_argument("at least two threads and one round are needed");
+  Pool pool(threads);
+  pool.run([](int) {});
+  const auto workers = [] { return processor_microseconds(RUSAGE_SELF) - processor_microseconds(RUSAGE_THREAD); };
+  const double before = workers();
+  for (int i = 0; i < rounds; ++i) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(2));
+    pool.run([](int) {});
+  }
+  return (workers() - before) / (rounds * (threads - 1));
 }
 
 }  // namespace millrace::bench

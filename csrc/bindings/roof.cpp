@@ -8,7 +8,9 @@
 #include <utility>
 #include <vector>
 
+#include "bench/pool.h"
 #include "bindings.h"
+#include "names.h"
 
 namespace py = pybind11;
 
@@ -42,6 +44,18 @@ double read(std::size_t bytes, int threads, double seconds) {
   return roof::measure_read(bytes, threads, seconds);
 }
 
+// Of one thing that the pool does: a barrier, an empty run, a shared loop, or being idle.
+double pool_cost(const std::string& what, int threads, int rounds) {
+  check(threads, 0);
+  constexpr Word<double (*)(int, int)> kCosts[] = {{"barrier", bench::barrier_nanoseconds},
+                                                   {"run", bench::run_nanoseconds},
+                                                   {"share", bench::share_nanoseconds},
+                                                   {"idle", bench::idle_microseconds}};
+  const auto measure = meaning(kCosts, "what", what);
+  const py::gil_scoped_release release;
+  return measure(threads, rounds);
+}
+
 }  // namespace
 
 void bind_roof(py::module_& module) {
@@ -51,6 +65,8 @@ void bind_roof(py::module_& module) {
              "Operations per second of such a loop on `threads` threads together, in about `seconds`.");
   module.def("roof_read", &read, py::kw_only(), py::arg("bytes"), py::arg("threads"), py::arg("seconds"),
              "Bytes per second that `threads` threads read together out of `bytes` bytes, in about `seconds`.");
+  module.def("pool_cost", &pool_cost, py::kw_only(), py::arg("what"), py::arg("threads"), py::arg("rounds"),
+             "Nanoseconds of a barrier, an empty run or a shared loop; processor microseconds of a worker that idles.");
 }
 
 }  // namespace millrace::bindings
