@@ -97,7 +97,7 @@ def reused_peers(comparison: Comparison, file: Path) -> Comparison:
     try:
         earlier = json.loads(file.read_text())
         own = comparison.to_json()
-        for name in ("model", "threads", "isa", "workload"):
+        for name in ("model", "threads", "isa", "workload", "machine"):
             if earlier[name] != own[name]:
                 raise ValueError(f"{file}: {name} was {earlier[name]}, now it is {own[name]}")
         found = [Result.from_json(values) for values in earlier["results"] if values["engine"] != OURS]

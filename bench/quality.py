@@ -24,6 +24,7 @@ from millrace.server.model.executors.reference import ReferenceExecutor
 from millrace.server.text.tokenizer import Tokenizer
 
 Logits = NDArray[np.float32]
+SHOP = Path(__file__).parent.parent / "examples" / "docs"
 WIDTHS: dict[str, dict[str, object]] = {
     "bf16": {},
     "bf16-kv-int8": {"kv_cache_dtype": "int8"},
@@ -37,7 +38,7 @@ WIDTHS: dict[str, dict[str, object]] = {
 class Quality:
     width: str
     perplexity: float
-    divergence: float  # mean KL from float32, nats; NaN of float32 itself
+    divergence: float  # mean KL from float32, nats
     agreement: float  # share of positions with the same most likely token
 
 
@@ -156,19 +157,26 @@ def measure(model: str, cut: Sequence[NDArray[np.int32]], widths: Sequence[str])
             yield run(width, load(executor="cpu", **WIDTHS[width]), keep=False)
 
 
+def shop() -> str:
+    return "\n\n".join(path.read_text(encoding="utf-8") for path in sorted(SHOP.glob("*.md")))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", default="builtin", help="checkpoint directory; default: the built-in model")
-    parser.add_argument("--text", type=Path, help="UTF-8 file; default: this project's README.md")
+    parser.add_argument("--text", type=Path, help="UTF-8 file; default: the pages of the example shop")
     parser.add_argument("--window", type=int, default=256, help="tokens that are predicted in one go; default 256")
     parser.add_argument("--windows", type=int, default=40, help="at most so many; default 40")
     parser.add_argument("--widths", nargs="+", choices=WIDTHS, default=list(WIDTHS))
     options = parser.parse_args()
-    text = options.text or Path(__file__).parent.parent / "README.md"
+    if options.window < 2:
+        parser.error("--window: at least 2 tokens, one to predict the other")
     try:
         tokenizer = Tokenizer.load(EngineConfig(model=options.model).checkpoint)
-        cut = windows(tokenizer.encode(text.read_text()), options.window, options.windows)
-        print(f"{options.model}, {sum(map(len, cut)):,} tokens of {text} in windows of {options.window}")
+        text = options.text.read_text(encoding="utf-8") if options.text else shop()
+        cut = windows(tokenizer.encode(text), options.window, options.windows)
+        source = options.text or "the example shop"
+        print(f"{options.model}, {sum(map(len, cut)):,} tokens of {source} in windows of {options.window}")
         print(f"{'width':16}{'perplexity':>12}{'ratio':>10}{'KL':>12}{'top-1':>9}")
         base = 0.0
         for quality in measure(options.model, cut, options.widths):

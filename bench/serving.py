@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 
-from millrace.bench.checkpoints import checkpoint, work_directory
+from millrace.bench.checkpoints import work_directory
+from millrace.bench.engine import locate
 from millrace.bench.ours import EngineStepper
 from millrace.bench.workload import FIRST_ID, LAST_ID, Meter, Workload
 from millrace.kernels import _C
@@ -107,7 +108,7 @@ def main() -> None:
     work = Workload(requests=options.requests)
     try:
         config = EngineConfig(
-            model=str(checkpoint(options.model, options.work_dir)),
+            model=str(locate(options.model, options.work_dir)[0]),
             embedding_model="off",
             quantization=options.quantization,
             max_model_len=work.context,

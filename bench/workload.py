@@ -97,17 +97,19 @@ class Meter:
         self._random, self._next = random.Random(0), 0
 
     def measure(self, work: Workload) -> Speeds:
-        """One short request first, so that nobody pays for what happens once."""
+        """Before each batch a short one of its size, so that nobody pays for what happens once."""
         self._run(1, work.decode_prompt, 2)
         speeds = Speeds()
         speeds.prefill = max(work.prefill / self._run(1, work.prefill, 1)[-1][0] for _ in range(work.repeats))
         for batch in work.batches:
+            self._run(batch, work.decode_prompt, 2)
             speeds.decode[batch] = max(self.decode(batch, work) for _ in range(work.repeats_of(batch)))
         speeds.mixed = self.mixed(work)
         return speeds
 
     def mixed(self, work: Workload) -> float:
-        """Output tokens per second, prompts included in the time."""
+        """Output tokens per second, prompts included in the time; not those of one short request before."""
+        self._run(1, work.decode_prompt, 2)
         end = self._run(work.requests, work.request_prompt, work.request_output)[-1][0]
         return work.requests * work.request_output / end
 

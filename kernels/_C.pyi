@@ -60,6 +60,8 @@ def activate(x: NDArray[np.float32], kind: str, out: NDArray[np.float32]) -> Non
 def exp(x: NDArray[np.float32], out: NDArray[np.float32]) -> None: ...
 
 BLOCK_TOKENS: int
+MAX_HEAD_DIM: int
+MAX_INPUTS: int  # of a matrix
 
 Source = tuple[Buffer, str, int, int]
 

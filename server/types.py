@@ -173,6 +173,7 @@ class TokenRequest:
     min_output_tokens: int = 0
     stop_token_ids: frozenset[int] = frozenset()
     logprobs_top_n: int | None = None
+    watched: bool = False  # its text may end it at any token: a stop string
 
 
 @dataclass(slots=True)

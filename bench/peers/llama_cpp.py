@@ -11,7 +11,7 @@ from millrace.bench.workload import Speeds, Workload
 
 RELEASE = "0.3.36"
 TYPES = {"bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
-# AMX stays out: llama.cpp does not ask the kernel for the tiles, and dies of the first.
+# AMX stays out: that build died of an illegal instruction on the machine with tiles that it was tried on.
 BUILDS = {
     "avx2": [],
     "avx512": [f"-DGGML_{name}=ON" for name in ("AVX512", "AVX512_VBMI", "AVX512_VNNI", "AVX512_BF16")],

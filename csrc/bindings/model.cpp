@@ -59,6 +59,9 @@ struct Checked {
     input.draw_tokens = checked<Int32>(draw_tokens, "draw_tokens", -1, "[0, tokens)", below(tokens));
     input.pooled = static_cast<Int32>(pooled_rows.shape(0));
     input.pooled_rows = checked<Int32>(pooled_rows, "pooled_rows", -1, "[0, rows)", below(rows));
+    for (Int32 i = 1; i < input.pooled; ++i) {
+      if (input.pooled_rows[i] <= input.pooled_rows[i - 1]) fail("pooled_rows must rise");
+    }
   }
 
  private:
@@ -159,6 +162,8 @@ void import_blocks(Model& model, const std::vector<Int32>& blocks, const py::byt
 
 void bind_model(py::module_& module) {
   module.attr("BLOCK_TOKENS") = kBlockTokens;
+  module.attr("MAX_HEAD_DIM") = kMaxHeadDim;
+  module.attr("MAX_INPUTS") = kMaxInputs;
   module.def("available_cores", &available_cores, "Cores that this process may use, or fewer under a CPU quota.");
   py::class_<Model>(module, "Model", "A loaded model.")
       .def(py::init([](Network network, Weights& weights, const std::string& kv_type, Int32 kv_blocks,

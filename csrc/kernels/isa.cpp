@@ -18,7 +18,8 @@ constexpr std::array<std::pair<Isa, const char*>, 6> kNames{{{Isa::baseline, "ba
                                                              {Isa::amx_emulated, "amx_emulated"}}};
 
 bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
+         __builtin_cpu_supports("f16c");
 }
 
 bool has_avx512() {

@@ -11,8 +11,6 @@
 namespace millrace {
 namespace {
 
-constexpr std::int32_t kMostChannels = 65'536;  // of input: int32 sums of products of bytes stay exact
-
 template <typename T>
 T round_up(T x, std::int32_t step) {
   return (x + static_cast<T>(step) - 1) / static_cast<T>(step) * static_cast<T>(step);
@@ -50,7 +48,7 @@ Kernels kernels_of(Isa isa) {
 
 void check_shape(Width width, std::int32_t n, std::int32_t k, std::int32_t group) {
   if (n < 1) throw std::invalid_argument("weights must have at least 1 output channel, not " + std::to_string(n));
-  if (k < 1 || k > kMostChannels) {
+  if (k < 1 || k > kMaxInputs) {
     throw std::invalid_argument("weights must have 1 to 65536 input channels, not " + std::to_string(k));
   }
   if (width == Width::int4 ? group != 32 && group != 128 : group != 0) {

@@ -56,6 +56,7 @@ Scratch& Model::prepare(const StepInput& input) {
 }
 
 const float* Model::step(const StepInput& input, SamplingInput sampling, const SamplingOutput& output) {
+  draws_ = 0;  // logits() has nothing until this step is through
   Scratch& scratch = prepare(input);
   sampling.logits = scratch.logits;
   sampling.row_stride = network_.vocab;

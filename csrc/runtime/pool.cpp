@@ -29,7 +29,9 @@ std::size_t checked(int threads, int first_core) {
 Pool::Pool(int threads, int first_core) : seats_(checked(threads, first_core)) {
   const std::vector<int> allowed = allowed_cores();
   const auto first = static_cast<std::size_t>(first_core);
-  if (first + seats_.size() <= allowed.size()) {
+  // Under a CPU quota the cores are everybody's: who shares the host would crowd the first ones.
+  const bool own = static_cast<int>(allowed.size()) == available_cores();
+  if (own && first + seats_.size() <= allowed.size()) {
     const auto begin = allowed.begin() + first_core;
     cores_.assign(begin, begin + threads);
   }

@@ -36,6 +36,7 @@ def link_submit(request: TokenRequest, slots: Sequence[int]) -> pb.Submit:
         min_output_tokens=request.min_output_tokens,
         stop_token_ids=sorted(request.stop_token_ids),
         logprobs_top_n=request.logprobs_top_n,
+        watched=request.watched,
     )
 
 

@@ -25,6 +25,7 @@ MAX_MESSAGE_BYTES = 64 << 20
 MAX_COMMAND_BYTES = MAX_MESSAGE_BYTES // 4  # what is beyond it goes in the next command
 SLOTS = 1 << 32
 HANDSHAKE = 10.0  # seconds
+ACTING = 3  # turns of the loop until a request's task has read its tokens and cancelled what they end
 TLS_FAILURE = "TSI_PROTOCOL_FAILURE"  # gRPC's word for a peer whose TLS this side does not accept
 
 CHANNEL_OPTIONS = (
@@ -65,6 +66,8 @@ class EngineLink:
         self._slots: dict[int, tuple[MergedStream, int]] = {}  # of choices
         self._texts: dict[int, tuple[PendingVectors, int]] = {}
         self._last_slot = 0
+        self._watched: set[int] = set()  # slots that their tokens may end
+        self._seen_step = 0  # to be told
         self._outbox: deque[pb.Submit | pb.Embed | int] = deque()
         self._work = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -98,6 +101,8 @@ class EngineLink:
         slots = [self._new_slot() for _ in range(request.n)]
         stream = MergedStream(request.n, partial(self._cancel, slots))
         self._slots |= {slot: (stream, choice) for choice, slot in enumerate(slots)}
+        if request.watched:
+            self._watched.update(slots)
         self._outbox.append(convert.link_submit(request, slots))
         self._work.set()
         return stream
@@ -151,13 +156,14 @@ class EngineLink:
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # the reader tells why
             while True:
                 await self._work.wait()
-                while self._outbox:
+                while self._outbox or self._seen_step:
                     await call.write(self._next_command())
                 self._work.clear()
 
     def _next_command(self) -> pb.Command:
         """As much of the outbox as fits. A cancel never overtakes its submit: they leave in order."""
-        command, size = pb.Command(), 0
+        command, size = pb.Command(seen_step=self._seen_step), 0
+        self._seen_step = 0
         while self._outbox and size < MAX_COMMAND_BYTES:
             item = self._outbox.popleft()
             if isinstance(item, int):
@@ -210,6 +216,17 @@ class EngineLink:
         for part, item in rejected:
             if part:
                 part[0].fail(convert.rejection(item))
+        self._watched &= self._slots.keys()
+        if self._watched and update.step:
+            self._see(update.step, ACTING)
+
+    def _see(self, step: int, turns: int) -> None:
+        """Tell the worker once the tasks that the update woke have run."""
+        if turns:
+            asyncio.get_running_loop().call_soon(self._see, step, turns - 1)
+            return
+        self._seen_step = max(step, self._seen_step)
+        self._work.set()
 
     def _finish(self, stream: MergedStream, choice: int, finished: pb.Finished) -> None:
         if finished.error_reason:

@@ -82,5 +82,6 @@ def token_request(
         min_output_tokens=request.stopping.min_output_tokens,
         stop_token_ids=stop_tokens(request.stopping, card),
         logprobs_top_n=request.output.logprobs_top_n,
+        watched=bool(request.stopping.stop_strings),
     )
     return tokens, reason

@@ -24,6 +24,7 @@ class Connection:
 
     def __init__(self) -> None:
         self.slots: dict[int, int] = {}  # live slot -> sequence id
+        self.watched: set[int] = set()  # slots that the gateway may end on what their tokens say
         self.ended: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
         self._pending: pb.StepUpdate | None = None
         self._pending_bytes = 0

@@ -16,6 +16,8 @@ from millrace.server.types import BackendInfo, EmbedderInfo, Sampling
 
 T = TypeVar("T")
 
+AHEAD = 2  # steps that may run before a watcher has seen what came of the one before them
+PATIENCE = 0.1  # seconds that a step waits for watchers: one that is stuck must not stop everybody
 WARM_UP = 0  # the sequence id of the warm-up; callers count from 1
 
 
@@ -81,6 +83,7 @@ class EngineThread:
         self._deliver: Callable[[Report], None] = lambda report: None
         self._wake = threading.Condition()
         self._orders: deque[Order] = deque()
+        self._seen: dict[object, int] = {}  # watcher -> the last step it has acted on
         self._closing = False
         self._busy = True
         self._step = 0
@@ -103,6 +106,23 @@ class EngineThread:
     def cancel(self, sequence_ids: Sequence[int]) -> None:
         """End sequences, and drop texts, before the next step. Unknown ones are ignored."""
         self._send(Order(cancels=tuple(sequence_ids)))
+
+    def watch(self, watcher: object) -> None:
+        """From now on, until `unwatch`, no step begins more than AHEAD after the last that `watcher` has seen."""
+        with self._wake:
+            self._seen.setdefault(watcher, self._step)
+
+    def see(self, watcher: object, step: int) -> None:
+        with self._wake:
+            if watcher in self._seen:
+                self._seen[watcher] = step
+                self._wake.notify()
+
+    def unwatch(self, watcher: object) -> None:
+        """Idempotent."""
+        with self._wake:
+            if self._seen.pop(watcher, None) is not None:
+                self._wake.notify()
 
     def close(self) -> None:
         """End after the present step. Idempotent; `ended` tells when."""
@@ -141,9 +161,13 @@ class EngineThread:
                 self._busy = False
                 self._wake.wait()
             self._busy = True
+            self._wake.wait_for(self._is_seen, PATIENCE)
             orders = list(self._orders)
             self._orders.clear()
             return None if self._closing else orders
+
+    def _is_seen(self) -> bool:
+        return self._closing or self._step - min(self._seen.values(), default=self._step) <= AHEAD
 
     def _turn(self, engine: StepEngine, orders: list[Order]) -> Report:
         report = Report()

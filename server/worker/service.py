@@ -125,6 +125,8 @@ class EngineService(EngineServiceServicer):
                 for _, embeds in itertools.groupby(command.embeds, lambda embed: (embed.tenant, embed.request_id)):
                     self._embed(connection, list(embeds))
                 self._cancel(connection, command.cancels)
+                if command.seen_step:
+                    self._thread.see(connection, command.seen_step)
         except ProtocolError as error:
             ending = Ending(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         except Exception:
@@ -144,6 +146,10 @@ class EngineService(EngineServiceServicer):
         slots = [choice.slot for choice in submit.choices]
         read = partial(convert.sequence_requests, submit, self._sequence_ids)
         self._accept(connection, submit.request_id, slots, read, self._thread.submit)
+        if submit.watched:
+            connection.watched |= connection.slots.keys() & set(slots)
+            if connection.watched:
+                self._thread.watch(connection)
 
     def _embed(self, connection: Connection, embeds: list[pb.Embed]) -> None:
         """Take the texts of one request."""
@@ -188,7 +194,11 @@ class EngineService(EngineServiceServicer):
     def _release(self, sequence_id: int) -> tuple[Connection, int] | None:
         owner = self._owners.pop(sequence_id, None)
         if owner is not None:
-            del owner[0].slots[owner[1]]
+            connection, slot = owner
+            del connection.slots[slot]
+            connection.watched.discard(slot)
+            if not connection.watched:
+                self._thread.unwatch(connection)
         if not self._owners:
             self._idle.set()
         return owner

@@ -60,7 +60,9 @@ def test_mixed_counts_output_from_the_first_step_to_the_last_token(measured: tup
 
 def test_no_prompt_comes_twice(measured: tuple[Fake, Speeds]) -> None:
     prompts = measured[0].prompts
-    assert len(set(prompts)) == len(prompts) == 1 + 2 + 2 * 1 + 4 + 6  # to warm up, prefill, decode, mixed
+    assert (
+        len(set(prompts)) == len(prompts) == 1 + 2 + (1 + 2 * 1) + (4 + 4) + (1 + 6)
+    )  # prefill, each batch and mixed, warmed up
 
 
 def test_a_batch_that_is_never_whole_is_no_measurement() -> None:

@@ -233,6 +233,21 @@ def test_what_an_executor_cannot_do_names_a_setting_that_then_works(
     create_executor(EngineConfig(**model | settings | remedy), lambda done, total: None)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"head_dim": 258}, "heads of 258; the cpu executor takes even sizes up to 256: add --executor reference"),
+        ({"intermediate_size": 65_537}, "matrices of 65537 inputs; the cpu executor takes up to 65536"),
+    ],
+)
+def test_shapes_that_kernels_have_no_room_for(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, overrides: Settings, message: str
+) -> None:
+    directory = make_checkpoint(tmp_path, "LlamaForCausalLM", **overrides)
+    with pytest.raises(ConfigError, match=message):
+        create_executor(EngineConfig(model=str(directory)), lambda done, total: pytest.fail("something was read"))
+
+
 def test_cpu_counts_its_memory(checkpoint: Callable[[str], Path]) -> None:
     """What does not fit is refused, and what the message names then fits."""
     opened = Checkpoint.open(checkpoint("llama"))
@@ -265,7 +280,7 @@ def test_a_machine_without_avx2_is_sent_to_the_reference(
 ) -> None:
     model = {"model": str(checkpoint("llama")), "max_num_seqs": 2, "num_threads": 1}
     monkeypatch.setenv("MILLRACE_ISA", "baseline")
-    with pytest.raises(ConfigError, match=r"needs AVX2 and FMA, .* add --executor reference"):
+    with pytest.raises(ConfigError, match=r"needs AVX2 and FMA; .* add --executor reference"):
         create_executor(EngineConfig(**model), lambda done, total: None)
     create_executor(EngineConfig(**model, executor="reference"), lambda done, total: None)
     monkeypatch.setenv("MILLRACE_ISA", "neon")

@@ -14,6 +14,7 @@ from link_fakes import CRASHES, ScriptedEngine, Worker, script, worker
 from millrace.engine.v1 import engine_pb2 as pb
 from millrace.engine.v1.engine_pb2_grpc import EngineServiceStub
 from millrace.server.worker import connection as connections
+from millrace.server.worker import engine_thread
 from millrace.server.worker.connection import merge
 
 
@@ -81,6 +82,42 @@ async def test_each_gateway_hears_of_its_own_slots_only() -> None:
             for choice, slot in enumerate((7, 9)):
                 tokens = [t for s, t in zip(whole.slots, whole.token_ids, strict=True) if s == slot]
                 assert tokens == script([10 + i], choice, 20)
+
+
+async def test_a_watched_request_holds_the_engine_back_until_its_gateway_has_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At most two steps run beyond the one after the last that was seen; a cancel sets everybody else free."""
+    monkeypatch.setattr(engine_thread, "PATIENCE", 60)
+    async with worker(ScriptedEngine()) as served, stub_of(served) as stub:
+        call = stub.Connect()
+        watched = submit([1], count=10_000)
+        watched.watched = True
+        await call.write(pb.Command(submits=[watched, submit([2], first=5, count=300)]))
+        await until(lambda: served.service._thread.pulse().step > 0)
+        for _ in range(3):
+            await asyncio.sleep(0.1)
+            held = served.service._thread.pulse().step
+            await asyncio.sleep(0.1)
+            assert served.service._thread.pulse().step == held
+            await call.write(pb.Command(seen_step=held - 1))
+            await until(lambda held=held: served.service._thread.pulse().step == held + engine_thread.AHEAD)
+        await call.write(pb.Command(cancels=[1]))
+        whole = await updates_until_finished(call, 1)
+        assert [item.slot for item in whole.finished] == [2]
+
+
+async def test_a_gateway_that_sees_nothing_slows_the_engine_but_does_not_stop_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(engine_thread, "PATIENCE", 0.001)
+    async with worker(ScriptedEngine()) as served, stub_of(served) as stub:
+        call = stub.Connect()
+        watched = submit([1], count=50)
+        watched.watched = True
+        await call.write(pb.Command(submits=[watched]))
+        assert [item.slot for item in (await updates_until_finished(call, 1)).finished] == [1]
+        assert not served.service._thread._seen
 
 
 @pytest.mark.parametrize(

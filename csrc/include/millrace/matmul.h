@@ -21,7 +21,8 @@ enum class Width { bf16, int8, int4 };
 enum class Stored { float32, float16, bfloat16 };  // how a checkpoint holds numbers, little-endian
 enum class Activation { none, silu, gelu, gelu_tanh, relu };
 
-inline constexpr std::int32_t kColumns = 32;  // output channels of a block: two tiles of 16
+inline constexpr std::int32_t kColumns = 32;        // output channels of a block: two tiles of 16
+inline constexpr std::int32_t kMaxInputs = 65'536;  // input channels: int32 sums of products of bytes stay exact
 
 // Weights [n, k] in blocks of 32 channels, K innermost, so that a block is one contiguous read:
 //   bf16  [n/32][k/32][2 tiles][16 pairs of k][16 channels][2]               k padded to 32
@@ -47,7 +48,8 @@ struct PackedBytes {
 };
 PackedBytes packed_bytes(Width width, std::int32_t n, std::int32_t k, std::int32_t group);
 
-// Throws std::invalid_argument: n or k < 1, k > 65,536, a group that is not 32 or 128 (or not 0 where there is none).
+// Throws std::invalid_argument: n or k < 1, k > kMaxInputs, a group that is not 32 or 128 (or not 0 where there is
+// none).
 void check_shape(Width width, std::int32_t n, std::int32_t k, std::int32_t group);
 
 // Writes one block from 32 channels, each `k` contiguous stored numbers, null for a channel that is not there.

@@ -1,5 +1,6 @@
 """Settles what a configuration leaves open, and whether it fits into memory, before anything is allocated."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -81,6 +82,7 @@ def plan_encoder(
     """The layout of a model that keeps nothing. Raises NotEnoughMemory where it does not fit beside what is loaded."""
     available = available_memory() if available is None else available
     if uses_cpu(config):
+        _check_shape(spec)
         needed = packed_bytes(spec, ENCODER_PRECISION, item_bytes) + scratch_bytes(spec, spec.context, 0)
     else:
         # Texts run one at a time, so the longest one bounds what a step takes.
@@ -98,7 +100,10 @@ def uses_cpu(config: EngineConfig) -> bool:
     if config.executor == "reference":
         return False
     if instruction_set() == "baseline":
-        raise ConfigError("the cpu executor needs AVX2 and FMA, which this machine has not: add --executor reference")
+        raise ConfigError(
+            "the cpu executor needs AVX2 and FMA; this machine has not, or MILLRACE_ISA leaves them out: "
+            "add --executor reference"
+        )
     return True
 
 
@@ -114,15 +119,33 @@ def _cpu_costs(config: EngineConfig, spec: ModelSpec, item_bytes: Mapping[str, i
     block_size = _C.BLOCK_TOKENS
     if config.block_size not in (None, block_size):
         raise ConfigError(f"--block-size {config.block_size}: the cpu executor keeps blocks of {block_size} tokens")
-    cores = _C.available_cores()
+    cores = len(os.sched_getaffinity(0))
     if config.first_core >= cores:
         raise ConfigError(f"--first-core {config.first_core}: this process may use {cores} cores, counted from 0")
+    _check_shape(spec)
     precision = make_precision(config)
     kept = [layer.attention for layer in spec.layers if layer.attention.causal]
     block_bytes = sum(_C.kv_block_bytes(precision.kv, a.kv_heads, a.head_dim) for a in kept)
     fixed = packed_bytes(spec, precision, item_bytes)
     fixed += scratch_bytes(spec, config.max_num_batched_tokens, config.max_num_seqs) + 64 * MIB
     return Costs("cpu", str(precision), block_size, block_bytes, fixed)
+
+
+def _check_shape(spec: ModelSpec) -> None:
+    """ConfigError for what the native kernels have no room for."""
+    for layer in spec.layers:
+        attention = layer.attention
+        if attention.head_dim > _C.MAX_HEAD_DIM or attention.head_dim % 2:
+            raise ConfigError(
+                f"{spec.architecture} has heads of {attention.head_dim}; the cpu executor takes even sizes up to "
+                f"{_C.MAX_HEAD_DIM}: add --executor reference"
+            )
+        widest = max(spec.hidden_size, attention.heads * attention.head_dim, layer.mlp.size)
+        if widest > _C.MAX_INPUTS:
+            raise ConfigError(
+                f"{spec.architecture} has matrices of {widest} inputs; the cpu executor takes up to {_C.MAX_INPUTS}: "
+                f"add --executor reference"
+            )
 
 
 def _reference_costs(config: EngineConfig, spec: ModelSpec, max_model_len: int) -> Costs:
