@@ -27,7 +27,7 @@ void write_keys(T* block, std::int32_t offset, const float* x, std::int32_t head
   T* column = block + offset / kHalf * kHalf * padded_dim(head_dim) + offset % kHalf * 2;
   for (std::int32_t d = 0; d < padded_dim(head_dim); d += 2) {
     column[d * kHalf] = d < head_dim ? convert(x[d]) : T{0};
-    column[d * kHalf + 1] = d < head_dim ? convert(x[d + 1]) : T{0};
+    column[d * kHalf + 1] = d + 1 < head_dim ? convert(x[d + 1]) : T{0};
   }
 }
 

@@ -236,7 +236,7 @@ def test_what_an_executor_cannot_do_names_a_setting_that_then_works(
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"head_dim": 258}, "heads of 258; the cpu executor takes even sizes up to 256: add --executor reference"),
+        ({"head_dim": 258}, "heads of 258; the cpu executor takes up to 256: add --executor reference"),
         ({"intermediate_size": 65_537}, "matrices of 65537 inputs; the cpu executor takes up to 65536"),
     ],
 )

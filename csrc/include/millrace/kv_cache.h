@@ -21,7 +21,7 @@ struct KVCache {
   KVType type;
   std::int32_t blocks;
   std::int32_t kv_heads;
-  std::int32_t head_dim;  // even, at most kMaxHeadDim
+  std::int32_t head_dim;  // at most kMaxHeadDim
   std::byte* keys;        // [blocks][kv_heads][32 * padded dim]
   std::byte* values;      // the same
   float* scales;          // int8; else null

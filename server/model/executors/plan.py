@@ -135,9 +135,9 @@ def _check_shape(spec: ModelSpec) -> None:
     """ConfigError for what the native kernels have no room for."""
     for layer in spec.layers:
         attention = layer.attention
-        if attention.head_dim > _C.MAX_HEAD_DIM or attention.head_dim % 2:
+        if attention.head_dim > _C.MAX_HEAD_DIM:
             raise ConfigError(
-                f"{spec.architecture} has heads of {attention.head_dim}; the cpu executor takes even sizes up to "
+                f"{spec.architecture} has heads of {attention.head_dim}; the cpu executor takes up to "
                 f"{_C.MAX_HEAD_DIM}: add --executor reference"
             )
         widest = max(spec.hidden_size, attention.heads * attention.head_dim, layer.mlp.size)
