@@ -45,11 +45,15 @@ def alone(config: EngineConfig, work: Workload) -> tuple[float, int]:
 
 def served(config: EngineConfig, work: Workload) -> tuple[float, int]:
     """Output tokens per second, and the bytes that the worker has in memory."""
-    settings = config.model_dump(exclude_unset=True)
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items() if value is not None]
-    with local_server(*flags, "--served-model-name=bench") as address:
+    with local_server(*server_flags(config), "--served-model-name=bench") as address:
         speed = asyncio.run(stream_all(address, work))
-        return speed, max(resident(pid) for pid in worker_pids())
+        return speed, max(memory(pid, "VmRSS") for pid in worker_pids())
+
+
+def server_flags(config: EngineConfig) -> list[str]:
+    """Of `millrace serve`, for the settings that were set."""
+    settings = config.model_dump(exclude_unset=True)
+    return [f"--{name.replace('_', '-')}={value}" for name, value in settings.items() if value is not None]
 
 
 async def stream_all(address: str, work: Workload) -> float:
@@ -91,10 +95,10 @@ def parent(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
-def resident(pid: int) -> int:
-    """Bytes in memory."""
+def memory(pid: int, what: str) -> int:
+    """Bytes in memory: VmRSS now, VmHWM at most."""
     status = Path(f"/proc/{pid}/status").read_text()
-    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS:")))
+    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith(f"{what}:")))
 
 
 def main() -> None:
