@@ -113,11 +113,11 @@ inline F32 scales_at(const float* const* scales, std::int32_t position) {
   return load(scales[position / kPanel] + position % kPanel);
 }
 
-// The part of a block to ask for at one of the steps in which the weights of a span are computed.
+// Asks for a block, a part of it at each of `steps`.
 class Trickle {
  public:
-  Trickle(const std::byte* block, std::int64_t bytes)
-      : at_(block), end_(block == nullptr ? nullptr : block + bytes), step_(bytes / (2 * kSpan / kLanes)) {}
+  Trickle(const std::byte* block, std::int64_t bytes, std::int32_t steps)
+      : at_(block), end_(block == nullptr ? nullptr : block + bytes), step_(bytes / steps) {}
 
   void ask() {
     for (const std::byte* stop = at_ + step_; at_ < stop && at_ < end_; at_ += 64) prefetch(at_);
@@ -229,8 +229,9 @@ inline void attend_rows(const AttentionInput& input, const AttentionItem& item, 
   const auto* queries = reinterpret_cast<const Weight*>(scratch.queries) + first * kSpan;
   auto* weights = reinterpret_cast<Weight*>(scratch.weights);
   kScoreRows[count - 1](queries, span, halves, dim / 2, scratch.scores[0]);
+  const std::int32_t steps = 2 * (computed.end - computed.begin) / kLanes;
   for (std::int32_t i = 0; i < count; ++i) {
-    const Trickle ahead(first == 0 ? span.while_weighing[i] : nullptr, span.block_bytes);
+    const Trickle ahead(first == 0 ? span.while_weighing[i] : nullptr, span.block_bytes, steps);
     of_part[i] =
         softmax(scratch.scores[i], weights + i * kSpan, span, computed, seen(first + i, first + i), input.scale, ahead);
   }

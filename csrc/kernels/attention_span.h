@@ -2,8 +2,8 @@
 //
 // Blocks are anywhere in memory, so no hardware guesses which is next: each, while it is read, asks for the one that is
 // read kAhead blocks later (fewer where there are fewer). Blocks of keys come first, then those of values, then the
-// keys of the next span. Between keys and values, while weights are computed and nothing is read, each query asks for
-// one block more; so values ask for what is that much later, and the last of them for nothing.
+// keys of the next span. Between keys and values, while weights are computed and nothing is read, each query that sees
+// a whole span asks for one block more; so values ask for what is that much later, and the last of them for nothing.
 #pragma once
 
 #include "attention_kernels.h"
@@ -174,7 +174,8 @@ inline void open_span(const AttentionInput& input, const Blocks& blocks, const B
                       Span& span, AttentionScratch& scratch) {
   span.scaled = input.cache.type == KVType::int8;
   span.block_bytes = blocks.bytes;
-  const Ahead ahead(blocks, next, span.scaled ? 0 : queries);
+  const std::int32_t weighings = queries * (blocks.seen.end - blocks.seen.begin) / kSpan;
+  const Ahead ahead(blocks, next, span.scaled ? 0 : weighings);
   for (std::int32_t i = 0; i < queries; ++i) span.while_weighing[i] = ahead.weighing(i);
   if (span.scaled) {
     open_int8(blocks, ahead, span, scratch);
