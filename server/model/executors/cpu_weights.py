@@ -21,6 +21,7 @@ from millrace.server.model.spec import LayerSpec, ModelSpec, NormSpec, RotarySpe
 from millrace.server.model.weights import STORED, Found, Progress
 
 LINE, TURN, BLOCK = 64, 16, 32
+BF16_INFINITY = (2 - 2**-8) * 2.0**127  # what is rounded to it
 TABLES = {"embedding": "embedding", "position_embedding": "positions", "token_type_embedding": "token_types"}
 _Source = tuple[memoryview, str, int, int]  # numbers, dtype, rows, columns
 Parts = dict[str, Any]  # handles of the runtime, by its names: matrices, vectors, tables
@@ -193,8 +194,10 @@ class Loader:
                 else:
                     result = self._weights.table(sources[0])
             except ValueError as error:
-                at = next((i for i, (data, dtype, *_) in enumerate(sources) if not _is_finite(data, dtype)), 0)
-                raise CheckpointError(f"{places[at][0]}: tensor {weights[at].name} {error}") from None
+                faults = [_fault(data, dtype) for data, dtype, *_ in sources]
+                at = next((i for i, fault in enumerate(faults) if fault), 0)
+                why = f"holds {faults[at]}" if faults[at] else str(error)
+                raise CheckpointError(f"{places[at][0]}: tensor {weights[at].name} {why}") from None
             finally:
                 sources.clear()
         for path, tensor in places:
@@ -210,10 +213,15 @@ class Loader:
             self._files[path].madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
 
-def _is_finite(data: memoryview, dtype: str) -> bool:
+def _fault(data: memoryview, dtype: str) -> str:
+    """Why the numbers cannot be packed; empty if they can."""
     if dtype == "BF16":
-        return not ((np.frombuffer(data, "<u2") & 0x7F80) == 0x7F80).any()
-    return bool(np.isfinite(np.frombuffer(data, STORED[dtype])).all())
+        return "NaN or infinity" if ((np.frombuffer(data, "<u2") & 0x7F80) == 0x7F80).any() else ""
+    numbers = np.frombuffer(data, STORED[dtype])
+    if not np.isfinite(numbers).all():
+        return "NaN or infinity"
+    largest = float(np.abs(numbers).max(initial=0))
+    return f"{largest:g}, which bfloat16 cannot: set --quantization int8" if largest >= BF16_INFINITY else ""
 
 
 def _rows_columns(shape: Shape) -> tuple[int, int]:
