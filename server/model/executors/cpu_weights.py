@@ -4,8 +4,10 @@ Tensors are packed straight from where the files are mapped; what has been packe
 """
 
 import mmap
+import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +23,7 @@ from millrace.server.model.spec import LayerSpec, ModelSpec, NormSpec, RotarySpe
 from millrace.server.model.weights import STORED, Found, Progress
 
 LINE, TURN, BLOCK = 64, 16, 32
+READ_AHEAD = 32 << 20  # bytes that are asked for at once
 BF16_INFINITY = (2 - 2**-8) * 2.0**127  # what is rounded to it
 TABLES = {"embedding": "embedding", "position_embedding": "positions", "token_type_embedding": "token_types"}
 _Source = tuple[memoryview, str, int, int]  # numbers, dtype, rows, columns
@@ -120,7 +123,9 @@ class Loader:
     def network(self, spec: ModelSpec, precision: Precision) -> _C.Network:
         """Raises CheckpointError for a number that is not finite."""
         with ExitStack() as stack:
-            for path in {path for path, _ in self._found.values()}:
+            paths = list(dict.fromkeys(path for path, _ in self._found.values()))
+            stack.enter_context(reading_ahead(paths))
+            for path in paths:
                 try:
                     with path.open("rb") as stream:
                         mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
@@ -211,6 +216,35 @@ class Loader:
         begin, end = (-(-tensor.begin // mmap.PAGESIZE) * mmap.PAGESIZE, tensor.end // mmap.PAGESIZE * mmap.PAGESIZE)
         if end > begin:
             self._files[path].madvise(mmap.MADV_DONTNEED, begin, end - begin)
+
+
+@contextmanager
+def reading_ahead(paths: Sequence[Path]) -> Iterator[None]:
+    """Have the system read the files while the body packs what is there: page faults alone would read piece by piece,
+    and compute nothing meanwhile."""
+    enough = threading.Event()
+
+    def read() -> None:
+        for path in paths:
+            try:
+                descriptor = os.open(path, os.O_RDONLY)
+            except OSError:
+                return  # whoever maps it will say so
+            try:
+                for begin in range(0, os.fstat(descriptor).st_size, READ_AHEAD):
+                    if enough.is_set():
+                        return
+                    os.posix_fadvise(descriptor, begin, READ_AHEAD, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(descriptor)
+
+    thread = threading.Thread(target=read, name="read-ahead", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        enough.set()
+        thread.join()
 
 
 def _fault(data: memoryview, dtype: str) -> str:
