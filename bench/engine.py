@@ -2,7 +2,8 @@
 
 On a checkpoint of random weights, or on one of yours, for each width of weights: prefill, decode at several batch
 sizes and a mixed load, all greedy; here, with every peer that is installed, and what the machine allows at most, in
-one run. Peers are installed by `python -m millrace.bench.peers`, or by naming them with --peers.
+one run. Memory is measured again before and after each width of ours: where it is shared, its speed changes. Peers are
+installed by `python -m millrace.bench.peers`, or by naming them with --peers.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -23,7 +25,7 @@ from millrace.bench.ours import measure_ours
 from millrace.bench.peers.base import PeerError
 from millrace.bench.peers.choice import chosen, names
 from millrace.bench.peers.registry import PEERS
-from millrace.bench.roof import isas_up_to, measure_roof, roof_table
+from millrace.bench.roof import Rate, isas_up_to, measure_dram, measure_roof, roof_table
 from millrace.bench.workload import Workload
 from millrace.kernels import _C
 from millrace.server.errors import MillraceError
@@ -63,18 +65,27 @@ def compare(arguments: argparse.Namespace, progress: Console) -> Comparison:
     asked = Work.of(Checkpoint.open(model).spec)
     workload, isa, threads = QUICK if arguments.quick else Workload(), _C.isa(), arguments.threads
     prepared = {} if arguments.reuse_peers else prepare(model, label, arguments, progress)
-    roof = measure_roof(threads, 0.05 if arguments.quick else 0.5)
+    seconds = 0.05 if arguments.quick else 0.5
+    roof = measure_roof(threads, seconds)
     Console(width=120).print(roof_table(roof))
     results: list[Result] = []
+    dram: dict[str, Rate] = {}
+    if arguments.reference:
+        reference = replace(measure_ours(model, "float32", threads, workload), engine="reference")
+        results += [replace(reference, width=width) for width in arguments.widths]
     for width in arguments.widths:
         measures = {OURS: partial(measure_ours, model, width, threads, workload)}
         for (name, of), found in prepared.items():
             if of == width:
                 measures[name] = partial(measure_peer, name, width, found, threads, isa, workload, work)
+        around = [measure_dram(threads, seconds)]
         for name, measure in measures.items():
             start = time.perf_counter()
             results.append(measure())
+            if name == OURS:
+                around.append(measure_dram(threads, seconds))
             progress.print(f"{name} {width}: {time.perf_counter() - start:.0f} s {results[-1].error or ''}")
+        dram[width] = max(around, key=lambda rate: rate.all)
     isas = isas_up_to(isa)
     comparison = Comparison(
         label=label,
@@ -82,7 +93,8 @@ def compare(arguments: argparse.Namespace, progress: Console) -> Comparison:
         isa=isa,
         workload=workload,
         roof=roof,
-        limits={width: limits(asked, roof, width, isas, workload) for width in arguments.widths},
+        dram={width: rate.all for width, rate in dram.items()},
+        limits={width: limits(asked, replace(roof, dram=dram[width]), width, isas, workload) for width in dram},
         versions={name: PEERS[name].version(work) for name in sorted({name for name, _ in prepared})},
         results=results,
     )
@@ -137,6 +149,7 @@ def parse() -> argparse.Namespace:
     chosen.add_argument("--peers", type=names(list(PEERS)), help=f"of {','.join(PEERS)}; default: those installed")
     chosen.add_argument("--only", choices=["ours"], help="no peers")
     chosen.add_argument("--reuse-peers", type=Path, metavar="JSON", help="what peers did in an earlier run")
+    parser.add_argument("--reference", action="store_true", help="beside the reference executor in float32 PyTorch")
     parser.add_argument("--threads", type=int, default=cpus, help="%(default)s")
     parser.add_argument("--isa", help="as MILLRACE_ISA; peers that cannot be held to it are left out")
     parser.add_argument("--quick", action="store_true", help="little work: a look whether everything runs")

@@ -113,11 +113,28 @@ inline F32 scales_at(const float* const* scales, std::int32_t position) {
   return load(scales[position / kPanel] + position % kPanel);
 }
 
+// Asks for a block, a part of it at each of `steps`.
+class Trickle {
+ public:
+  Trickle(const std::byte* block, std::int64_t bytes, std::int32_t steps)
+      : at_(block), end_(block == nullptr ? nullptr : block + bytes), step_(bytes / steps) {}
+
+  void ask() {
+    for (const std::byte* stop = at_ + step_; at_ < stop && at_ < end_; at_ += 64) prefetch(at_);
+  }
+
+ private:
+  const std::byte *at_, *end_;
+  std::int64_t step_;
+};
+
 // Turns the products of one query into weights of values, at positions `computed` (multiples of 16) of a span, of which
 // it sees those of `seen`; the others weigh nothing.
-inline Softmax softmax(float* scores, Weight* weights, const Span& span, Range computed, Range seen, float scale) {
+inline Softmax softmax(float* scores, Weight* weights, const Span& span, Range computed, Range seen, float scale,
+                       Trickle ahead) {
   F32 highest = fill(kNothing);
   for (std::int32_t i = computed.begin; i < computed.end; i += kLanes) {
+    ahead.ask();
     F32 x = load(scores + i) * fill(scale);
     if (span.scaled) x = x * scales_at(span.key_scales, i);
     x = where_seen(seen, i, x, fill(kNothing));
@@ -127,6 +144,7 @@ inline Softmax softmax(float* scores, Weight* weights, const Span& span, Range c
   const float most = maximum(highest);
   F32 total = zero();
   for (std::int32_t i = computed.begin; i < computed.end; i += kLanes) {
+    ahead.ask();
     const F32 x = exp(load(scores + i) - fill(most));
     total = total + x;
     if (span.scaled) {
@@ -211,9 +229,11 @@ inline void attend_rows(const AttentionInput& input, const AttentionItem& item, 
   const auto* queries = reinterpret_cast<const Weight*>(scratch.queries) + first * kSpan;
   auto* weights = reinterpret_cast<Weight*>(scratch.weights);
   kScoreRows[count - 1](queries, span, halves, dim / 2, scratch.scores[0]);
+  const std::int32_t steps = 2 * (computed.end - computed.begin) / kLanes;
   for (std::int32_t i = 0; i < count; ++i) {
+    const Trickle ahead(first == 0 ? span.while_weighing[i] : nullptr, span.block_bytes, steps);
     of_part[i] =
-        softmax(scratch.scores[i], weights + i * kSpan, span, computed, seen(first + i, first + i), input.scale);
+        softmax(scratch.scores[i], weights + i * kSpan, span, computed, seen(first + i, first + i), input.scale, ahead);
   }
   kMixRows[count - 1](weights, span, {used.begin / 2, (used.end + 1) / 2}, dim / kPanel, scratch.part[0]);
 }
@@ -230,7 +250,7 @@ inline void attend_tile(const AttentionInput& input, const AttentionItem& item, 
   for (std::int32_t s = item.spans.begin; s < item.spans.end; ++s) {
     const Blocks next = find_next(input, item, kv_head, s);
     Span span;
-    open_span(input, blocks, next, span, scratch);
+    open_span(input, blocks, next, together < item.queries ? together : item.queries, span, scratch);
     blocks = next;
     for (std::int32_t first = 0; first < item.queries; first += together) {
       const std::int32_t count = together < item.queries - first ? together : item.queries - first;

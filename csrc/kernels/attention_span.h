@@ -2,7 +2,8 @@
 //
 // Blocks are anywhere in memory, so no hardware guesses which is next: each, while it is read, asks for the one that is
 // read kAhead blocks later (fewer where there are fewer). Blocks of keys come first, then those of values, then the
-// keys of the next span.
+// keys of the next span. Between keys and values, while weights are computed and nothing is read, each query that sees
+// a whole span asks for one block more; so values ask for what is that much later, and the last of them for nothing.
 #pragma once
 
 #include "attention_kernels.h"
@@ -64,12 +65,36 @@ inline Blocks find_next(const AttentionInput& input, const AttentionItem& item, 
   return nothing;
 }
 
-// The block to ask for while block `i` of `here` is read.
-inline const std::byte* after(const Blocks& blocks, std::int32_t i, const Blocks& next) {
-  const std::int32_t count = 2 * blocks.count, later = i + (kAhead < count ? kAhead : count);
-  if (later < count) return blocks.data[later];
-  return later - count < 2 * next.count ? next.data[later - count] : blocks.data[i];
+// The `later`-th of the blocks that are read from the first of `here` on; null beyond the next span.
+inline const std::byte* block_at(const Blocks& here, const Blocks& next, std::int32_t later) {
+  const std::int32_t count = 2 * here.count;
+  if (later < count) return here.data[later];
+  return later - count < 2 * next.count ? next.data[later - count] : nullptr;
 }
+
+// What to ask for, and when. `weighings`: how many blocks to ask for between keys and values.
+struct Ahead {
+  const Blocks &here, &next;
+  std::int32_t distance, between;  // in blocks
+
+  Ahead(const Blocks& blocks, const Blocks& after, std::int32_t weighings)
+      : here(blocks),
+        next(after),
+        distance(kAhead < 2 * blocks.count ? kAhead : 2 * blocks.count),
+        between(weighings < blocks.count ? weighings : blocks.count) {}
+
+  // While block `i` of `here` is read; where there is nothing left to ask for, the block itself.
+  const std::byte* reading(std::int32_t i) const {
+    const bool keys = i < here.count, enough = !keys && i >= 2 * here.count - between;
+    const std::byte* found = enough ? nullptr : block_at(here, next, i + distance + (keys ? 0 : between));
+    return found != nullptr ? found : here.data[i];
+  }
+
+  // While the weights of the i-th query are computed; may be null.
+  const std::byte* weighing(std::int32_t i) const {
+    return i < between ? block_at(here, next, here.count + distance + i) : nullptr;
+  }
+};
 
 // Panels of bf16 pairs: by half a block of keys, by block of values; and what lies behind them in order of reading.
 struct Span {
@@ -80,6 +105,8 @@ struct Span {
   const std::uint32_t* after_values[kBlocks];
   const float* key_scales[kHalves];
   const float* value_scales[kHalves];
+  const std::byte* while_weighing[kTogether];  // null: nothing
+  std::int64_t block_bytes;
 };
 
 // A block of int8 as bf16.
@@ -103,12 +130,12 @@ inline void copy_seen(const std::uint32_t* from, std::uint32_t* to, std::int32_t
 }
 
 // int8: all of it is widened into `scratch`, and scales say what it stands for.
-inline void open_int8(const Blocks& blocks, const Blocks& next, Span& span, AttentionScratch& scratch) {
+inline void open_int8(const Blocks& blocks, const Ahead& ahead, Span& span, AttentionScratch& scratch) {
   const std::int64_t words = blocks.bytes / 2;
   for (std::int32_t i = 0; i < 2 * blocks.count; ++i) {
     const std::int32_t b = blocks.first + i % blocks.count;
     std::uint32_t* wide = (i < blocks.count ? scratch.keys : scratch.values) + b * words;
-    widen(blocks.data[i], wide, blocks.bytes, after(blocks, i, next));
+    widen(blocks.data[i], wide, blocks.bytes, ahead.reading(i));
     const float* scales = blocks.scales[i % blocks.count] + i / blocks.count * kBlockTokens;
     for (std::int32_t half = 0; half < 2; ++half) {
       if (i < blocks.count) {
@@ -123,17 +150,17 @@ inline void open_int8(const Blocks& blocks, const Blocks& next, Span& span, Atte
 }
 
 // bf16: read where it is, except for blocks of values that end within a pair.
-inline void open_bf16(const Blocks& blocks, const Blocks& next, Span& span, AttentionScratch& scratch,
+inline void open_bf16(const Blocks& blocks, const Ahead& ahead, Span& span, AttentionScratch& scratch,
                       std::int32_t dim) {
   const std::int64_t words = blocks.bytes / 4;
   for (std::int32_t i = 0; i < blocks.count; ++i) {
     const std::int32_t b = blocks.first + i, v = blocks.count + i;
     for (std::int32_t half = 0; half < 2; ++half) {
       span.keys[2 * b + half] = reinterpret_cast<const std::uint32_t*>(blocks.data[i]) + half * words / 2;
-      span.after_keys[2 * b + half] = reinterpret_cast<const std::uint32_t*>(after(blocks, i, next)) + half * words / 2;
+      span.after_keys[2 * b + half] = reinterpret_cast<const std::uint32_t*>(ahead.reading(i)) + half * words / 2;
     }
     span.values[b] = reinterpret_cast<const std::uint32_t*>(blocks.data[v]);
-    span.after_values[b] = reinterpret_cast<const std::uint32_t*>(after(blocks, v, next));
+    span.after_values[b] = reinterpret_cast<const std::uint32_t*>(ahead.reading(v));
     const Range inside =
         intersect({blocks.seen.begin - b * kBlockTokens, blocks.seen.end - b * kBlockTokens}, {0, kBlockTokens});
     if (inside.begin % 2 == 0 && inside.end % 2 == 0) continue;
@@ -142,13 +169,18 @@ inline void open_bf16(const Blocks& blocks, const Blocks& next, Span& span, Atte
   }
 }
 
-inline void open_span(const AttentionInput& input, const Blocks& blocks, const Blocks& next, Span& span,
-                      AttentionScratch& scratch) {
+// `queries`: of the first pass, which asks for what comes next; but int8 is read before any weights are computed.
+inline void open_span(const AttentionInput& input, const Blocks& blocks, const Blocks& next, std::int32_t queries,
+                      Span& span, AttentionScratch& scratch) {
   span.scaled = input.cache.type == KVType::int8;
+  span.block_bytes = blocks.bytes;
+  const std::int32_t weighings = queries * (blocks.seen.end - blocks.seen.begin) / kSpan;
+  const Ahead ahead(blocks, next, span.scaled ? 0 : weighings);
+  for (std::int32_t i = 0; i < queries; ++i) span.while_weighing[i] = ahead.weighing(i);
   if (span.scaled) {
-    open_int8(blocks, next, span, scratch);
+    open_int8(blocks, ahead, span, scratch);
   } else {
-    open_bf16(blocks, next, span, scratch, padded_dim(input.cache.head_dim));
+    open_bf16(blocks, ahead, span, scratch, padded_dim(input.cache.head_dim));
   }
 }
 

@@ -29,6 +29,8 @@ inline F32 read(Stored stored, const std::byte* p, std::int32_t n) {
   return load_bf16(reinterpret_cast<const std::uint16_t*>(p), n);
 }
 
+constexpr std::size_t kReadAhead = 512;  // bytes: channels are read by turns, which no hardware foresees
+
 // Numbers [first_k, last_k) of the kLanes channels from `channel` on: to[k - first_k][kLanes]; zeros behind `k`.
 // last_k - first_k is a multiple of kLanes. Returns false where one is not finite.
 inline bool gather(Channels channels, std::int32_t channel, std::int32_t k, std::int32_t first_k, std::int32_t last_k,
@@ -43,6 +45,7 @@ inline bool gather(Channels channels, std::int32_t channel, std::int32_t k, std:
       const std::int32_t left = data == nullptr ? 0 : k - at;
       const std::byte* p = left <= 0 ? nullptr : data + static_cast<std::size_t>(at) * bytes;
       values[c] = left <= 0 ? zero() : left >= kLanes ? read(channels.stored, p) : read(channels.stored, p, left);
+      __builtin_prefetch(p + kReadAhead);
       poison = fma(values[c], zero(), poison);
     }
     transpose(values);

@@ -196,6 +196,16 @@ def test_tensors_that_make_one_matrix_have_one_dtype(checkpoint: Callable[[str],
     load(directory, "reference")
 
 
+@pytest.mark.parametrize("part", ["gate", "up"])
+def test_numbers_beyond_bfloat16(checkpoint: Callable[[str], Path], tmp_path: Path, part: str) -> None:
+    directory = shutil.copytree(checkpoint("llama"), tmp_path / "model")
+    edit_tensors(**{G.replace("gate", part): put(3.4e38)})(directory)
+    with pytest.raises(CheckpointError, match=rf"{part}_proj\.weight holds 3\.4e\+38, which bfloat16 cannot: set"):
+        load(directory)
+    edit_tensors(**{G.replace("gate", part): put(3.39e38)})(directory)
+    load(directory)
+
+
 def test_no_directory(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such checkpoint directory"):
         load(tmp_path / "nothing")

@@ -4,8 +4,10 @@ Tensors are packed straight from where the files are mapped; what has been packe
 """
 
 import mmap
+import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +23,8 @@ from millrace.server.model.spec import LayerSpec, ModelSpec, NormSpec, RotarySpe
 from millrace.server.model.weights import STORED, Found, Progress
 
 LINE, TURN, BLOCK = 64, 16, 32
+READ_AHEAD = 32 << 20  # bytes that are asked for at once
+BF16_INFINITY = (2 - 2**-8) * 2.0**127  # what is rounded to it
 TABLES = {"embedding": "embedding", "position_embedding": "positions", "token_type_embedding": "token_types"}
 _Source = tuple[memoryview, str, int, int]  # numbers, dtype, rows, columns
 Parts = dict[str, Any]  # handles of the runtime, by its names: matrices, vectors, tables
@@ -119,7 +123,9 @@ class Loader:
     def network(self, spec: ModelSpec, precision: Precision) -> _C.Network:
         """Raises CheckpointError for a number that is not finite."""
         with ExitStack() as stack:
-            for path in {path for path, _ in self._found.values()}:
+            paths = list(dict.fromkeys(path for path, _ in self._found.values()))
+            stack.enter_context(reading_ahead(paths))
+            for path in paths:
                 try:
                     with path.open("rb") as stream:
                         mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
@@ -193,8 +199,10 @@ class Loader:
                 else:
                     result = self._weights.table(sources[0])
             except ValueError as error:
-                at = next((i for i, (data, dtype, *_) in enumerate(sources) if not _is_finite(data, dtype)), 0)
-                raise CheckpointError(f"{places[at][0]}: tensor {weights[at].name} {error}") from None
+                faults = [_fault(data, dtype) for data, dtype, *_ in sources]
+                at = next((i for i, fault in enumerate(faults) if fault), 0)
+                why = f"holds {faults[at]}" if faults[at] else str(error)
+                raise CheckpointError(f"{places[at][0]}: tensor {weights[at].name} {why}") from None
             finally:
                 sources.clear()
         for path, tensor in places:
@@ -210,10 +218,44 @@ class Loader:
             self._files[path].madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
 
-def _is_finite(data: memoryview, dtype: str) -> bool:
+@contextmanager
+def reading_ahead(paths: Sequence[Path]) -> Iterator[None]:
+    """Have the system read the files while the body packs what is there: page faults alone would read piece by piece,
+    and compute nothing meanwhile."""
+    enough = threading.Event()
+
+    def read() -> None:
+        for path in paths:
+            try:
+                descriptor = os.open(path, os.O_RDONLY)
+            except OSError:
+                return  # whoever maps it will say so
+            try:
+                for begin in range(0, os.fstat(descriptor).st_size, READ_AHEAD):
+                    if enough.is_set():
+                        return
+                    os.posix_fadvise(descriptor, begin, READ_AHEAD, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(descriptor)
+
+    thread = threading.Thread(target=read, name="read-ahead", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        enough.set()
+        thread.join()
+
+
+def _fault(data: memoryview, dtype: str) -> str:
+    """Why the numbers cannot be packed; empty if they can."""
     if dtype == "BF16":
-        return not ((np.frombuffer(data, "<u2") & 0x7F80) == 0x7F80).any()
-    return bool(np.isfinite(np.frombuffer(data, STORED[dtype])).all())
+        return "NaN or infinity" if ((np.frombuffer(data, "<u2") & 0x7F80) == 0x7F80).any() else ""
+    numbers = np.frombuffer(data, STORED[dtype])
+    if not np.isfinite(numbers).all():
+        return "NaN or infinity"
+    largest = float(np.abs(numbers).max(initial=0))
+    return f"{largest:g}, which bfloat16 cannot: set --quantization int8" if largest >= BF16_INFINITY else ""
 
 
 def _rows_columns(shape: Shape) -> tuple[int, int]:
