@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from millrace.server.model.checkpoint import checkpoint_digest
 from millrace.server.model.fields import Fields
 from millrace.server.model.registry import model_spec
 from millrace.server.model.spec import Weight
@@ -83,6 +84,11 @@ SHAPES: dict[str, dict[str, Any]] = {
         "eos_token_id": 511,
     },
 }
+
+
+def label_of(directory: Path) -> str:
+    """What to call a checkpoint of the user's: the same for the same content."""
+    return f"{directory.name}-{checkpoint_digest(directory)[:8]}"
 
 
 def work_directory() -> Path:

@@ -10,7 +10,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -18,17 +18,18 @@ from pathlib import Path
 
 from rich.console import Console
 
-from millrace.bench.checkpoints import SHAPES, checkpoint, work_directory, write_json
+from millrace.bench.checkpoints import SHAPES, checkpoint, label_of, work_directory, write_json
 from millrace.bench.comparison import OURS, Comparison, Result, reused_peers
 from millrace.bench.limits import WIDTHS, Work, limits
 from millrace.bench.ours import measure_ours
 from millrace.bench.peers.base import PeerError
+from millrace.bench.peers.choice import chosen, names
 from millrace.bench.peers.registry import PEERS
 from millrace.bench.roof import Rate, isas_up_to, measure_dram, measure_roof, roof_table
 from millrace.bench.workload import Workload
 from millrace.kernels import _C
 from millrace.server.errors import MillraceError
-from millrace.server.model.checkpoint import Checkpoint, checkpoint_digest
+from millrace.server.model.checkpoint import Checkpoint
 
 QUICK = Workload(
     prefill=64, batches=(1, 4), decode_prompt=16, decode_output=8, requests=4, request_prompt=32, request_output=8,
@@ -119,21 +120,15 @@ def locate(model: str, work: Path) -> tuple[Path, str]:
     if model in SHAPES:
         return checkpoint(model, work), model
     directory = Path(model).resolve()
-    return directory, f"{directory.name}-{checkpoint_digest(directory)[:8]}"
+    return directory, label_of(directory)
 
 
 def prepare(model: Path, label: str, arguments: argparse.Namespace, progress: Console) -> Prepared:
     """Install the peers that were asked for by name, and convert the checkpoint for each."""
     work: Path = arguments.work_dir
     prepared: dict[tuple[str, str], Path | PeerError] = {}
-    for name in list(PEERS) if arguments.peers is None else arguments.peers:
+    for name in chosen(arguments.peers, work, progress.print):
         peer = PEERS[name]
-        if not peer.installed(work):
-            if arguments.peers is None:
-                progress.print(f"{name} is not installed: python -m millrace.bench.peers {name} --work-dir {work}")
-                continue
-            progress.print(f"{name}: installing, which takes minutes")
-            peer.install(work)
         for width in (width for width in arguments.widths if width in peer.widths):
             try:
                 prepared[name, width] = peer.convert(model, label, width, work)
@@ -145,15 +140,6 @@ def prepare(model: Path, label: str, arguments: argparse.Namespace, progress: Co
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     cpus = len(os.sched_getaffinity(0))
-
-    def names(known: list[str]) -> Callable[[str], list[str]]:
-        def split(text: str) -> list[str]:
-            found = [name for name in text.split(",") if name]
-            if unknown := set(found) - set(known):
-                raise argparse.ArgumentTypeError(f"there is no {min(unknown)!r}; there are {', '.join(known)}")
-            return found
-
-        return split
 
     parser.add_argument("--model", default="llama-3.2-1b", help=f"{', '.join(SHAPES)} or a directory; %(default)s")
     parser.add_argument(

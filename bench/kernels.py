@@ -5,24 +5,19 @@ shares of the two roofs, which are measured in the same run. What lies in a cach
 """
 
 import argparse
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+from importlib import import_module
 from itertools import cycle
 
-import torch
 from rich.console import Console
 
-from millrace.bench.kernel_cases import attention, matmul, rows, sampling
 from millrace.bench.kernel_cases.case import Case, Run
 from millrace.bench.roof import Rate, Roof, isas_up_to, measure_roof, roof_table
 from millrace.kernels import _C
 
-KERNELS: dict[str, Callable[[], Iterator[Case]]] = {
-    "matmul": matmul.cases,
-    "attention": attention.cases,
-    "rows": rows.cases,
-    "sampling": sampling.cases,
-}
+KERNELS = ("matmul", "attention", "rows", "sampling")  # modules of kernel_cases, which import PyTorch
 
 
 def fastest(runs: Sequence[Run], seconds: float) -> float:
@@ -62,6 +57,10 @@ def main() -> None:
     for name in options.names:
         if name not in KERNELS:
             parser.error(f"{name!r} is none of {', '.join(KERNELS)}")
+    try:
+        import torch
+    except ImportError:
+        sys.exit("kernels: the comparison needs PyTorch: pip install torch==2.13.0")
     torch.set_num_threads(1)
     isa = _C.isa()
     roof, isas = measure_roof(seconds=options.seconds), isas_up_to(isa)
@@ -72,7 +71,7 @@ def main() -> None:
         f"{'us':>11}{'peer us':>11}{'GB/s':>8}{'Gop/s':>9}"
     )
     for name in options.names or KERNELS:
-        for case in KERNELS[name]():
+        for case in import_module(f"millrace.bench.kernel_cases.{name}").cases():
             ours, peer = fastest(case.ours, options.seconds), fastest(case.peer, options.seconds)
             print(line(case, ours, peer, roof, isas), flush=True)
 

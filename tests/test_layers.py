@@ -48,7 +48,10 @@ MAY_IMPORT = {
 TORCH_LIVES_IN = ("server/model/executors/", "server/tuning/", "kernels/", "bench/", "tests/")
 # Functions that import when they run: what is optional, or slow and not always needed.
 LATE_IMPORTS = {
-    "bench/peers/openvino.py": "it is installed in the peer's own environment, where this file runs",
+    "bench/kernels.py": "PyTorch is no dependency: the benchmark says that it needs it",
+    "bench/logits.py": "the same: the reference executor has said so before",
+    "bench/peers/llama_cpp.py": "it is installed in the peer's own environment, where this file runs",
+    "bench/peers/openvino.py": "the same",
     "bench/peers/vllm_cpu.py": "the same",
     "server/cli.py": "`millrace --version` must not wait for gRPC",
     "server/commands/documents.py": "as server/cli.py, which imports it",

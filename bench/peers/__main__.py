@@ -1,8 +1,8 @@
 """Install other engines to compare with: `python -m millrace.bench.peers [NAME ...]`.
 
 Each gets a virtual environment of its own under the work directory, from PyPI; llama.cpp is compiled there. About
-10 GB and, on two cores, twenty minutes. PyTorch comes from where pip finds it: point PIP_EXTRA_INDEX_URL at its index
-of CPU builds to save the download of CUDA's.
+10 GB and, on two cores, twenty-five minutes. PyTorch comes from where pip finds it: point PIP_EXTRA_INDEX_URL at its
+index of CPU builds to save the download of CUDA's.
 """
 
 import argparse

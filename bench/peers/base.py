@@ -1,6 +1,7 @@
 """What the bench asks of another engine. Only the standard library: runners import it in their own environments."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -11,11 +12,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from millrace.bench.workload import Meter, Speeds, Stepper, Workload
+from millrace.bench.peers.runner import ANSWER, QUESTION
+from millrace.bench.workload import Speeds, Workload
 
 BENCH = Path(__file__).parent.parent
 RUN_TIMEOUT = 1800.0  # seconds
-SPEEDS = "speeds: "  # what the line of a runner begins with: libraries write to the same place
+Windows = Sequence[Sequence[int]]  # token ids, at least two in each
 
 
 class PeerError(Exception):
@@ -26,11 +28,13 @@ class Peer(ABC):
     """`work`: the directory that holds environments and converted checkpoints. Widths: bf16, int8, int4.
 
     `isas`: instruction sets that it can be held to; else it takes the best of the machine.
+    `int4_group`: how many inputs share a scale at int4; None: it has no int4.
     """
 
     name: str
     widths: tuple[str, ...]
     isas: tuple[str, ...] = ()
+    int4_group: int | None = None
 
     @abstractmethod
     def install(self, work: Path) -> None:
@@ -47,6 +51,13 @@ class Peer(ABC):
     @abstractmethod
     def run(self, model: Path, width: str, threads: int, isa: str, workload: Workload, work: Path) -> Speeds:
         """Measure it in a process of its own; `model` is what `convert` returned. Raises PeerError."""
+
+    @abstractmethod
+    def losses(self, model: Path, width: str, threads: int, windows: Windows, work: Path) -> list[float]:
+        """For each window the negative log likelihood of its tokens but the first, nats, by the peer's own defaults.
+
+        Exactly the tokens given, each window alone, in a process of its own. Raises PeerError.
+        """
 
     def environment(self, work: Path) -> Path:
         return work / "venvs" / self.name
@@ -71,27 +82,33 @@ class Peer(ABC):
     def run_stepper(
         self, model: Path, threads: int, workload: Workload, work: Path, variables: Mapping[str, str]
     ) -> Speeds:
-        """Run `serve_stepper` of the peer's own module in its environment."""
-        module = type(self).__module__
+        return Speeds.from_json(self.ask("speeds", workload.to_json(), model, threads, work, variables))
+
+    def run_scorer(
+        self, model: Path, threads: int, windows: Windows, work: Path, variables: Mapping[str, str]
+    ) -> list[float]:
+        losses: list[float] = self.ask("losses", windows, model, threads, work, variables)
+        if len(losses) != len(windows) or not all(map(math.isfinite, losses)):
+            raise PeerError(f"{self.name} has no finite loss for each window")
+        return losses
+
+    def ask(
+        self, task: str, question: object, model: Path, threads: int, work: Path, variables: Mapping[str, str]
+    ) -> Any:
+        """The answer of the peer's own module to a task that it serves, in its environment. Raises PeerError."""
         with tempfile.TemporaryDirectory() as directory:
+            here = Path(directory)
             # The bench alone, not what is installed beside it: the peer has other versions of the same libraries.
-            (Path(directory) / "millrace").mkdir()
-            (Path(directory) / "millrace" / "bench").symlink_to(BENCH)
-            command = [str(self.python(work)), "-m", module, str(model), str(threads), workload.to_json()]
-            own = {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": directory, "HF_HUB_OFFLINE": "1"}
-            output = call(command, Path(directory), own | dict(variables))
-        lines = [line for line in output.splitlines() if line.startswith(SPEEDS)]
-        if not lines:
-            raise PeerError(f"{self.name} printed no speeds: {last_line(output)}")
-        return Speeds.from_json(json.loads(lines[-1].removeprefix(SPEEDS)))
-
-
-def serve_stepper(make: Any) -> None:
-    """The main function of a runner: `make(model, threads, workload)` returns its Stepper."""
-    model, threads, text = sys.argv[1:]
-    workload = Workload.from_json(text)
-    stepper: Stepper = make(Path(model), int(threads), workload)
-    print(SPEEDS + json.dumps(Meter(stepper).measure(workload).to_json()), flush=True)
+            (here / "millrace").mkdir()
+            (here / "millrace" / "bench").symlink_to(BENCH)
+            (here / QUESTION).write_text(json.dumps(question))
+            own = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"} | dict(variables)
+            own["PYTHONPATH"] = os.pathsep.join(filter(None, (directory, variables.get("PYTHONPATH"))))
+            command = [str(self.python(work)), "-m", type(self).__module__, task, str(model), str(threads)]
+            output = call(command, here, own)
+            if not (here / ANSWER).is_file():
+                raise PeerError(f"{self.name} gave no {task}: {last_line(output)}")
+            return json.loads((here / ANSWER).read_text())
 
 
 def call(command: Sequence[str], directory: Path, variables: Mapping[str, str] | None = None) -> str:

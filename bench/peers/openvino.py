@@ -5,16 +5,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from millrace.bench.peers.base import Peer, call, serve_stepper
+from millrace.bench.likelihood import log_softmax, loss
+from millrace.bench.peers.base import Peer, Windows, call
+from millrace.bench.peers.runner import serve, timed
 from millrace.bench.workload import Speeds, Workload
 
+GROUP = 128
 # bf16 is an fp16 file: the runtime computes in bfloat16 where the machine has it, whatever the file holds.
-FORMATS = {"bf16": ["fp16"], "int8": ["int8"], "int4": ["int4", "--group-size", "128"]}
+FORMATS = {"bf16": ["fp16"], "int8": ["int8"], "int4": ["int4", "--group-size", str(GROUP)]}
 
 
 class OpenVINO(Peer):
     name = "openvino"
     widths = ("bf16", "int8", "int4")
+    int4_group = GROUP
 
     def install(self, work: Path) -> None:
         self.make_environment(work)
@@ -42,6 +46,9 @@ class OpenVINO(Peer):
 
     def run(self, model: Path, width: str, threads: int, isa: str, workload: Workload, work: Path) -> Speeds:
         return self.run_stepper(model, threads, workload, work, {})
+
+    def losses(self, model: Path, width: str, threads: int, windows: Windows, work: Path) -> list[float]:
+        return self.run_scorer(model, threads, windows, work, {})
 
 
 class Pipeline:
@@ -82,5 +89,23 @@ class Pipeline:
         return found
 
 
+def losses(model: Path, threads: int, windows: Windows) -> list[float]:
+    """By the plugin beneath the pipeline, which itself keeps no logits but those after the last token."""
+    import numpy
+    import openvino
+
+    properties = {"INFERENCE_NUM_THREADS": threads}
+    request = openvino.Core().compile_model(model / "openvino_model.xml", "CPU", properties).create_infer_request()
+
+    def of(window: Sequence[int]) -> float:
+        ids = numpy.array([window], numpy.int64)
+        inputs = {"input_ids": ids, "attention_mask": numpy.ones_like(ids), "beam_idx": numpy.zeros(1, numpy.int32)}
+        request.reset_state()
+        logits = request.infer(inputs | {"position_ids": numpy.arange(len(window))[None]})["logits"][0]
+        return loss(log_softmax(logits[:-1]), window)
+
+    return [of(window) for window in windows]
+
+
 if __name__ == "__main__":
-    serve_stepper(Pipeline)
+    serve(speeds=timed(Pipeline), losses=losses)

@@ -4,8 +4,10 @@ import ctypes.util
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from millrace.bench.peers.base import Peer, call, serve_stepper
+from millrace.bench.peers.base import Peer, Windows, call
+from millrace.bench.peers.runner import serve, timed
 from millrace.bench.workload import Speeds, Workload
 
 # What it declares, less three that nothing here needs and whose wheels want another PyTorch.
@@ -43,8 +45,14 @@ class VLLM(Peer):
         return checkpoint
 
     def run(self, model: Path, width: str, threads: int, isa: str, workload: Workload, work: Path) -> Speeds:
+        return self.run_stepper(model, threads, workload, work, self._variables(threads, work))
+
+    def losses(self, model: Path, width: str, threads: int, windows: Windows, work: Path) -> list[float]:
+        return self.run_scorer(model, threads, windows, work, self._variables(threads, work))
+
+    def _variables(self, threads: int, work: Path) -> dict[str, str]:
         cpus = sorted(os.sched_getaffinity(0))[:threads]
-        variables = {
+        return {
             "VLLM_CPU_KVCACHE_SPACE": "4",
             "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cpus)),
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # steps in this process, not in one behind a socket
@@ -52,7 +60,6 @@ class VLLM(Peer):
             "VLLM_NO_USAGE_STATS": "1",
             "LD_PRELOAD": ":".join(self._preloaded(work)),
         }
-        return self.run_stepper(model, threads, workload, work, variables)
 
     def _preloaded(self, work: Path) -> list[str]:
         """As its documentation asks, what of it there is: about 5 % on one machine."""
@@ -62,24 +69,29 @@ class VLLM(Peer):
         return [allocator, *found] if allocator else found
 
 
+def load(model: Path, context: int, sequences: int, step_tokens: int) -> Any:
+    """An LLMEngine."""
+    from vllm import EngineArgs, LLMEngine
+
+    return LLMEngine.from_engine_args(
+        EngineArgs(
+            model=str(model),
+            skip_tokenizer_init=True,
+            dtype="bfloat16",
+            max_model_len=context,
+            max_num_seqs=sequences,
+            max_num_batched_tokens=max(step_tokens, context),
+            enable_prefix_caching=False,
+            disable_log_stats=True,
+        )
+    )
+
+
 class LocalEngine:
     """A Stepper."""
 
     def __init__(self, model: Path, threads: int, workload: Workload):
-        from vllm import EngineArgs, LLMEngine
-
-        self._engine = LLMEngine.from_engine_args(
-            EngineArgs(
-                model=str(model),
-                skip_tokenizer_init=True,
-                dtype="bfloat16",
-                max_model_len=workload.context,
-                max_num_seqs=workload.sequences,
-                max_num_batched_tokens=max(workload.step_tokens, workload.context),
-                enable_prefix_caching=False,
-                disable_log_stats=True,
-            )
-        )
+        self._engine = load(model, workload.context, workload.sequences, workload.step_tokens)
         self._seen: dict[str, int] = {}
 
     def add(self, request: int, prompt: Sequence[int], output_tokens: int) -> None:
@@ -97,5 +109,22 @@ class LocalEngine:
         return found
 
 
+def losses(model: Path, threads: int, windows: Windows) -> list[float]:
+    from vllm import SamplingParams
+
+    context = max(map(len, windows)) + 1
+    engine = load(model, context, 1, context)
+    # It scores prompts only beside something to generate; 0: no other tokens than those of the prompt.
+    scoring = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+    found = [0.0] * len(windows)
+    for index, window in enumerate(windows):
+        engine.add_request(str(index), {"prompt_token_ids": list(window)}, scoring)
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            likely = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
+            found[int(output.request_id)] = -sum(of[token].logprob for token, of in likely)
+    return found
+
+
 if __name__ == "__main__":
-    serve_stepper(LocalEngine)
+    serve(speeds=timed(LocalEngine), losses=losses)
