@@ -178,14 +178,14 @@ def test_only_bindings_know_pybind11() -> None:
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
-        ("server.app", {"torch", "numba", "transformers"}),
-        ("server.api.server", {"torch", "numba", "transformers"}),
+        ("server.app", {"torch", "transformers"}),
+        ("server.api.server", {"torch", "transformers"}),
         ("server.worker.main", {"torch", "transformers", "jinja2"}),
-        ("server.engine.scheduler", {"torch", "numpy", "numba"}),
-        ("server.engine.blocks", {"torch", "numpy", "numba"}),
-        ("server.engine.sequence", {"torch", "numpy", "numba"}),
-        ("server.client", {"torch", "numpy", "numba", "pydantic", "rich"}),
-        ("server.cli", {"torch", "numpy", "numba", "grpc", "uvloop"}),
+        ("server.engine.scheduler", {"torch", "numpy"}),
+        ("server.engine.blocks", {"torch", "numpy"}),
+        ("server.engine.sequence", {"torch", "numpy"}),
+        ("server.client", {"torch", "numpy", "pydantic", "rich"}),
+        ("server.cli", {"torch", "numpy", "grpc", "uvloop"}),
     ],
 )
 def test_process_stays_light(module: str, absent: set[str]) -> None:
