@@ -40,8 +40,10 @@ MAY_IMPORT = {
     "ask": {"client", "stubs", "terminal"},
     "local": {"errors"},
     "commands": {"ask", "client", "ingest", "local"},  # of the command line, a file for each subject
-    "app": WORDS | {"api", "gateway", "retrieval", "text", "backends", "model", "telemetry"},
-    "cli": WORDS | {"app", "client", "chat", "commands", "doctor", "flags", "gateway", "worker"},
+    "ending": set(),
+    "app": WORDS | {"ending", "api", "gateway", "retrieval", "text", "backends", "model", "telemetry"},
+    "start": WORDS | {"app", "ending", "backends", "model"},
+    "cli": WORDS | {"start", "client", "chat", "commands", "doctor", "flags", "gateway", "worker"},
     "__main__": {"cli"},
     "bench": None,  # measures any part
 }
@@ -55,6 +57,7 @@ LATE_IMPORTS = {
     "server/commands/options.py": "the same: only tables need what draws them",
     "server/model/executors/__init__.py": "PyTorch is no dependency: the executor that needs it says so",
     "server/model/hub.py": "most models are directories, and the hub's library takes long to import",
+    "server/start.py": "the worker is started before the rest of the gateway is imported, which takes as long",
     "server/worker/main.py": "tests of the worker give it another engine",
 }
 UNSAFE = {"pickle.load", "pickle.loads", "yaml.load", "torch.load", "marshal.loads"}
@@ -186,6 +189,7 @@ def test_only_bindings_know_pybind11() -> None:
         ("server.engine.sequence", {"torch", "numpy"}),
         ("server.client", {"torch", "numpy", "pydantic", "rich"}),
         ("server.cli", {"torch", "numpy", "grpc", "uvloop"}),
+        ("server.start", {"numpy", "grpc", "structlog", "tokenizers"}),
     ],
 )
 def test_process_stays_light(module: str, absent: set[str]) -> None:
