@@ -1,18 +1,13 @@
 """The server as a whole: the only file that knows every part."""
 
 import asyncio
-import os
-import resource
 import signal
-import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
-import uvloop
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
@@ -20,8 +15,10 @@ from millrace.retrieval.library import Library
 from millrace.server.api.server import ApiServer
 from millrace.server.backends.base import Backend
 from millrace.server.backends.supervisor import Supervisor
+from millrace.server.backends.worker_process import Launcher
 from millrace.server.config import RetrievalConfig, ServerConfig, Settings
-from millrace.server.errors import CheckpointError, ConfigError, StartupError
+from millrace.server.ending import arm_watchdog
+from millrace.server.errors import CheckpointError, ConfigError
 from millrace.server.gateway.auth import KeyStore
 from millrace.server.gateway.embedding import TextEmbedder
 from millrace.server.gateway.gateway import Gateway
@@ -29,7 +26,6 @@ from millrace.server.gateway.limits import Limits
 from millrace.server.gateway.routing import ModelCard, Routes
 from millrace.server.model.checkpoint import Checkpoint, checkpoint_digest, read_config, read_generation
 from millrace.server.model.embedder import embedder_info, locate_embedder
-from millrace.server.model.hub import locate
 from millrace.server.model.registry import model_spec
 from millrace.server.telemetry.logs import configure_logs, get_logger
 from millrace.server.telemetry.metrics import Metrics, MetricsServer
@@ -44,36 +40,21 @@ WATCHDOG = 20.0  # seconds beyond the grace after which the process ends in any 
 log = get_logger()
 
 
-def run(settings: Settings, console: Console) -> int:
-    """Serve until SIGTERM or SIGINT; return the exit status. A StartupError becomes one line on standard error."""
+async def serve(settings: Settings, launcher: Launcher, stop: asyncio.Future[None]) -> int:
+    """Serve until `stop`; return the exit status. `launcher` may have started the worker already. Raises StartupErrors.
+
+    What is fast and fails early comes first; the port is held and health is truthful while the model loads.
+    """
     configure_logs(settings.server.log_format, settings.server.log_level)
-    raise_file_limit()
-    try:
-        return uvloop.run(serve(with_model(settings), console))
-    except StartupError as error:
-        print(f"millrace: {error}", file=sys.stderr)
-        return 1
-
-
-def with_model(settings: Settings) -> Settings:
-    """The settings with the model's directory; a repository keeps its name. Raises CheckpointError."""
-    engine = locate(settings.engine)
-    name = settings.server.served_model_name or (settings.engine.model if engine is not settings.engine else None)
-    server = settings.server.model_copy(update={"served_model_name": name})
-    return settings.model_copy(update={"engine": engine, "server": server})
-
-
-async def serve(settings: Settings, console: Console) -> int:
-    """What is fast and fails early comes first; the port is held and health is truthful while the model loads."""
+    console = Console()
     keystore = KeyStore.load(settings.server.api_keys)
     encoder = read_encoder(settings.engine.embedding_model)
     supervisor = Supervisor(
-        settings.engine,
+        launcher,
         settings.supervisor,
         checkpoint_digest(settings.engine.checkpoint),
         embedder_revision=encoder.info.revision if encoder else None,
     )
-    stop = stop_signal(supervisor.remove_directory)
     card, context = read_model(settings, supervisor.backend)
     metrics = Metrics()
     metrics.watch_engine(supervisor.backend.stats, lambda: supervisor.backend.messages)
@@ -108,7 +89,7 @@ async def serve(settings: Settings, console: Console) -> int:
         announce(console, settings.server, card, port, page)
         await stop
         log.info("draining", live_requests=gateway.limits.live, grace=settings.server.grace)
-        arm_watchdog(settings.server.grace + WATCHDOG, supervisor.remove_directory)
+        arm_watchdog(settings.server.grace + WATCHDOG, launcher.remove_directory)
         api.set_ready(False)
         await gateway.drain(settings.server.grace)
     log.info("stopped")
@@ -260,38 +241,5 @@ def reload_on_hangup(keystore: KeyStore) -> None:
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
 
 
-def stop_signal(tidy: Callable[[], None]) -> asyncio.Future[None]:
-    """Resolves with the first SIGTERM or SIGINT; the second ends the process at once, after `tidy`."""
-    loop = asyncio.get_running_loop()
-    stop: asyncio.Future[None] = loop.create_future()
-
-    def on_signal(number: int) -> None:
-        if stop.done():
-            end_now(128 + number, tidy)
-        stop.set_result(None)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal, number)
-    return stop
-
-
 async def first_of(*futures: asyncio.Future[Any]) -> None:
     await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
-
-
-def arm_watchdog(seconds: float, tidy: Callable[[], None]) -> None:
-    """Shutting down gRPC can hang; the process then ends all the same, with status 1."""
-    timer = threading.Timer(seconds, end_now, (1, tidy))
-    timer.daemon = True
-    timer.start()
-
-
-def end_now(status: int, tidy: Callable[[], None]) -> None:
-    tidy()
-    os._exit(status)
-
-
-def raise_file_limit() -> None:
-    """Every connection is a file; the soft limit is often 1024."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

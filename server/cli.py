@@ -56,14 +56,12 @@ def serve(
     environment, and the environment over the file.
     """
     quiet_grpc()
-    from rich.console import Console
-
-    from millrace.server.app import run
+    from millrace.server.start import run
     from millrace.server.worker.parent import die_with
 
     if parent_pid is not None:
         die_with(parent_pid)
-    raise typer.Exit(run(load_settings(flags, config), Console()))
+    raise typer.Exit(run(load_settings(flags, config)))
 
 
 @app.command()

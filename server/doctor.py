@@ -36,7 +36,7 @@ from millrace.server.telemetry.metrics import Metrics
 from millrace.v1 import bounds_pb2, embedding_pb2, generation_pb2, model_pb2, retrieval_pb2, tokenizer_pb2
 
 FEATURES = ("avx2", "fma", "avx512f", "avx512_vnni", "amx_int8", "amx_bf16")
-PACKAGES = ("millrace", "grpcio", "protobuf", "numpy", "numba", "tokenizers", "torch")
+PACKAGES = ("millrace", "grpcio", "protobuf", "numpy", "tokenizers", "torch")
 GIB = 1 << 30
 ELSEWHERE = "not needed here: the worker runs elsewhere"
 

@@ -14,13 +14,14 @@ import pytest
 from fakes import FakeBackend
 from rich.console import Console
 
-from millrace.server.app import announce, fitted, follow_worker, read_model, tenant_limits, with_model
+from millrace.server.app import announce, fitted, follow_worker, read_model, tenant_limits
 from millrace.server.config import BUILTIN, EngineConfig, RetrievalConfig, ServerConfig, Settings, SupervisorConfig
 from millrace.server.errors import CheckpointError, ConfigError, QuotaExceeded
 from millrace.server.gateway.auth import KeyStore, new_key
 from millrace.server.gateway.gateway import Gateway
 from millrace.server.gateway.limits import Limits
 from millrace.server.gateway.routing import Routes
+from millrace.server.start import with_model
 from millrace.server.telemetry.metrics import Metrics
 from millrace.server.types import EmbedderInfo
 
@@ -125,18 +126,18 @@ def test_ready_lines(directory: Path, server: dict[str, object], expected: list[
 def test_a_forced_end_leaves_no_socket_behind(forced: str, tmp_path: Path) -> None:
     program = f"""
 import asyncio, os, signal, time
-from millrace.server import app
-from millrace.server.backends.supervisor import Supervisor
-from millrace.server.config import EngineConfig, SupervisorConfig
+from millrace.server import ending
+from millrace.server.backends.worker_process import Launcher
+from millrace.server.config import EngineConfig
 async def main():
-    supervisor = Supervisor(EngineConfig(model="2"), SupervisorConfig(), "scripted-digest", {WORKER!r})
-    await supervisor.start()
+    launcher = Launcher(EngineConfig(model="2"), {WORKER!r})
+    await (await launcher.launch()).loaded(lambda done, total: None)
     assert os.listdir({str(tmp_path)!r})
-    stop = app.stop_signal(supervisor.remove_directory)
+    stop = ending.stop_signal(launcher.remove_directory)
     os.kill(os.getpid(), signal.SIGTERM)
     await stop
     if {forced!r} == "watchdog":
-        app.arm_watchdog(0.01, supervisor.remove_directory)
+        ending.arm_watchdog(0.01, launcher.remove_directory)
         time.sleep(60)
     os.kill(os.getpid(), signal.SIGINT)
     await asyncio.sleep(60)
@@ -146,6 +147,28 @@ asyncio.run(main())
     done = subprocess.run([sys.executable, "-c", program], env=environment, timeout=60, check=False)
     assert done.returncode == {"second signal": 128 + signal.SIGINT, "watchdog": 1}[forced]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("worker", [None, "unix:/nowhere"])
+def test_the_worker_is_started_before_the_gateway_is_imported(worker: str | None) -> None:
+    program = f"""
+import sys
+from millrace.server import start
+from millrace.server.config import EngineConfig, ServerConfig, Settings, SupervisorConfig
+from millrace.server.errors import StartupError
+async def launch(launcher):
+    raise StartupError("the gateway is " + ("there" if "millrace.server.app" in sys.modules else "not there"))
+start.Launcher.launch = launch
+settings = Settings(
+    engine=EngineConfig(embedding_model="off"),
+    supervisor=SupervisorConfig(worker={worker!r}, worker_start_timeout=0.1),
+    server=ServerConfig(port=0, metrics_port=None),
+)
+sys.exit(start.run(settings))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    expected = "no worker is ready" if worker else "the gateway is not there\n"
+    assert (done.returncode, expected in done.stderr) == (1, True), done.stderr
 
 
 def test_a_repository_keeps_its_name(monkeypatch: pytest.MonkeyPatch) -> None:

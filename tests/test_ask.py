@@ -18,7 +18,7 @@ from structlog.testing import capture_logs
 from typer.testing import CliRunner
 
 from millrace.retrieval.types import Document
-from millrace.server import app, cli, local
+from millrace.server import cli, local, start
 from millrace.server.ask import ask, source_line
 from millrace.server.client import Client
 from millrace.server.commands import documents
@@ -264,7 +264,7 @@ def test_ctrl_c_stops_the_server_too(stub: Callable[..., Path], nobody: str) -> 
 def test_serve_ends_with_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
     monkeypatch.setattr(parent, "die_with", calls.append)
-    monkeypatch.setattr(app, "run", lambda settings, console: calls.append("run") or 7)
+    monkeypatch.setattr(start, "run", lambda settings: calls.append("run") or 7)
     done = CliRunner().invoke(cli.app, ["serve", "--parent-pid=123"])
     assert (done.exit_code, calls) == (7, [123, "run"])
     assert CliRunner().invoke(cli.app, ["serve"]).exit_code == 7

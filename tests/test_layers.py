@@ -40,8 +40,10 @@ MAY_IMPORT = {
     "ask": {"client", "stubs", "terminal"},
     "local": {"errors"},
     "commands": {"ask", "client", "ingest", "local"},  # of the command line, a file for each subject
-    "app": WORDS | {"api", "gateway", "retrieval", "text", "backends", "model", "telemetry"},
-    "cli": WORDS | {"app", "client", "chat", "commands", "doctor", "flags", "gateway", "worker"},
+    "ending": set(),
+    "app": WORDS | {"ending", "api", "gateway", "retrieval", "text", "backends", "model", "telemetry"},
+    "start": WORDS | {"app", "ending", "backends", "model"},
+    "cli": WORDS | {"start", "client", "chat", "commands", "doctor", "flags", "gateway", "worker"},
     "__main__": {"cli"},
     "bench": None,  # measures any part
 }
@@ -58,6 +60,7 @@ LATE_IMPORTS = {
     "server/commands/options.py": "the same: only tables need what draws them",
     "server/model/executors/__init__.py": "PyTorch is no dependency: the executor that needs it says so",
     "server/model/hub.py": "most models are directories, and the hub's library takes long to import",
+    "server/start.py": "the worker is started before the rest of the gateway is imported, which takes as long",
     "server/worker/main.py": "tests of the worker give it another engine",
 }
 UNSAFE = {"pickle.load", "pickle.loads", "yaml.load", "torch.load", "marshal.loads"}
@@ -181,14 +184,15 @@ def test_only_bindings_know_pybind11() -> None:
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
-        ("server.app", {"torch", "numba", "transformers"}),
-        ("server.api.server", {"torch", "numba", "transformers"}),
+        ("server.app", {"torch", "transformers"}),
+        ("server.api.server", {"torch", "transformers"}),
         ("server.worker.main", {"torch", "transformers", "jinja2"}),
-        ("server.engine.scheduler", {"torch", "numpy", "numba"}),
-        ("server.engine.blocks", {"torch", "numpy", "numba"}),
-        ("server.engine.sequence", {"torch", "numpy", "numba"}),
-        ("server.client", {"torch", "numpy", "numba", "pydantic", "rich"}),
-        ("server.cli", {"torch", "numpy", "numba", "grpc", "uvloop"}),
+        ("server.engine.scheduler", {"torch", "numpy"}),
+        ("server.engine.blocks", {"torch", "numpy"}),
+        ("server.engine.sequence", {"torch", "numpy"}),
+        ("server.client", {"torch", "numpy", "pydantic", "rich"}),
+        ("server.cli", {"torch", "numpy", "grpc", "uvloop"}),
+        ("server.start", {"numpy", "grpc", "structlog", "tokenizers"}),
     ],
 )
 def test_process_stays_light(module: str, absent: set[str]) -> None:

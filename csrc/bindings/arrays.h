@@ -34,6 +34,32 @@ const T* column(const py::array& array, const char* name, py::ssize_t length) {
   return static_cast<const T*>(array.data());
 }
 
+// A contiguous [rows, size] of T, 1 <= size < 2^31.
+template <typename T>
+struct Rows {
+  T* data;
+  std::int32_t rows, size;
+
+  T* row(std::int32_t i) const { return data + std::int64_t{i} * size; }
+};
+
+template <typename T>
+Rows<T> rows_of(const py::array& array, const char* name, bool written) {
+  const std::string is = std::string(name) + " must be ";
+  if (!array.dtype().equal(py::dtype::of<T>())) {
+    fail(is + std::string(py::str(py::dtype::of<T>())) + ", not " + std::string(py::str(array.dtype())));
+  }
+  constexpr py::ssize_t kMost = 0x7fffffff;
+  if (array.ndim() != 2 || array.shape(0) > kMost || array.shape(1) < 1 || array.shape(1) > kMost) {
+    fail(is + "[rows, size] with size at least 1");
+  }
+  if ((array.flags() & py::array::c_style) == 0) fail(is + "contiguous");
+  if (reinterpret_cast<std::uintptr_t>(array.data()) % alignof(T) != 0) fail(is + "aligned");
+  if (written && !array.writeable()) fail(is + "writeable");
+  return {static_cast<T*>(const_cast<void*>(array.data())), static_cast<std::int32_t>(array.shape(0)),
+          static_cast<std::int32_t>(array.shape(1))};
+}
+
 template <typename T, typename Predicate>
 const T* checked(const py::array& array, const char* name, py::ssize_t length, const char* range, Predicate inside) {
   const T* values = column<T>(array, name, length);

@@ -17,32 +17,6 @@ namespace {
 constexpr Word<Stored> kStored[] = {
     {"float32", Stored::float32}, {"float16", Stored::float16}, {"bfloat16", Stored::bfloat16}};
 
-// A contiguous [rows, size] of T, 1 <= size < 2^31.
-template <typename T>
-struct Rows {
-  T* data;
-  std::int32_t rows, size;
-
-  T* row(std::int32_t i) const { return data + std::int64_t{i} * size; }
-};
-
-template <typename T>
-Rows<T> rows_of(const py::array& array, const char* name, bool written) {
-  const std::string is = std::string(name) + " must be ";
-  if (!array.dtype().equal(py::dtype::of<T>())) {
-    fail(is + std::string(py::str(py::dtype::of<T>())) + ", not " + std::string(py::str(array.dtype())));
-  }
-  constexpr py::ssize_t kMost = 0x7fffffff;
-  if (array.ndim() != 2 || array.shape(0) > kMost || array.shape(1) < 1 || array.shape(1) > kMost) {
-    fail(is + "[rows, size] with size at least 1");
-  }
-  if ((array.flags() & py::array::c_style) == 0) fail(is + "contiguous");
-  if (reinterpret_cast<std::uintptr_t>(array.data()) % alignof(T) != 0) fail(is + "aligned");
-  if (written && !array.writeable()) fail(is + "writeable");
-  return {static_cast<T*>(const_cast<void*>(array.data())), static_cast<std::int32_t>(array.shape(0)),
-          static_cast<std::int32_t>(array.shape(1))};
-}
-
 Rows<float> floats(const py::array& array, const char* name) { return rows_of<float>(array, name, false); }
 Rows<float> result(const py::array& array, const char* name, std::int32_t rows, std::int32_t size) {
   const Rows<float> out = rows_of<float>(array, name, true);

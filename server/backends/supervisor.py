@@ -2,20 +2,17 @@
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import random
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from millrace.server.backends.credentials import channel_credentials
 from millrace.server.backends.engine_link import EngineLink
 from millrace.server.backends.watchdog import watch_progress
 from millrace.server.backends.worker_client import EngineClient
-from millrace.server.backends.worker_process import WORKER, WorkerProcess
-from millrace.server.config import EngineConfig, SupervisorConfig
+from millrace.server.backends.worker_process import Launcher, WorkerProcess
+from millrace.server.config import SupervisorConfig
 from millrace.server.errors import ConfigError, StartupError, Unavailable
 from millrace.server.types import BackendInfo, EmbedderInfo
 
@@ -25,7 +22,6 @@ OnLoading = Callable[[int, int], None]  # bytes done, bytes in all
 
 FIRST_DELAY, LONGEST_DELAY = 0.2, 10.0  # seconds before a restart, doubled each time
 HEALTHY = 60.0  # seconds of service after which the next delay is the first one again
-GRACE = 5.0  # seconds to end in; by then no stream is left
 LAST_WORDS = 1.0  # seconds between a link's end and the exit status that explains it
 
 
@@ -38,33 +34,31 @@ class Supervisor:
 
     def __init__(
         self,
-        engine: EngineConfig,
+        launcher: Launcher,
         config: SupervisorConfig,
         checkpoint_digest: str,
-        command: Sequence[str] = WORKER,
         *,
         embedder_revision: str | None = None,
     ):
-        """`checkpoint_digest`: of the checkpoint that workers must run; `command` starts one.
+        """`launcher` starts workers, and may have started the first; where they run elsewhere it starts none.
 
+        `checkpoint_digest`: of the checkpoint that workers must run.
         `embedder_revision`: of the model that they must embed with; None: any, or none.
         Raises ConfigError if TLS files are missing or cannot be read.
         """
         self.backend = EngineClient(channel_credentials(config))
-        self.process: WorkerProcess | None = None
-        self._engine, self._config, self._command = engine, config, command
+        self.launcher = launcher
+        self._config = config
         self._checkpoint_digest, self._embedder_revision = checkpoint_digest, embedder_revision
         self._delays = backoff()
         self._absence = ""  # why there was no worker elsewhere when it was last tried
-        self._directory: str | None = None
-        self._generation = itertools.count(1)
         self._watch: asyncio.Task[None] | None = None
 
     async def start(self, on_loading: OnLoading = lambda done, total: None) -> None:
         """Return when `backend` is ready. Raises StartupError; `close` is the caller's all the same."""
         try:
             async with asyncio.timeout(self._config.worker_start_timeout):
-                link = await (self._find(self._config.worker) if self._config.worker else self._launch(on_loading))
+                link = await (self._find(self._config.worker) if self._config.worker else self._first(on_loading))
         except TimeoutError:
             patience = f"{self._config.worker_start_timeout:g} s (--worker-start-timeout)"
             cause = f": {self._absence}" if self._absence else ""
@@ -79,22 +73,13 @@ class Supervisor:
             self._watch.cancel()
             await asyncio.gather(self._watch, return_exceptions=True)
         await self.backend.close()
-        if self.process is not None:
-            await self.process.stop(GRACE)
-        self.remove_directory()
+        await self.launcher.close()
 
-    def remove_directory(self) -> None:
-        """Remove the sockets of workers; all there is to tidy where a process must end at once."""
-        if self._directory is not None:
-            shutil.rmtree(self._directory, ignore_errors=True)
+    async def _first(self, on_loading: OnLoading) -> EngineLink:
+        return await self._load(self.launcher.process or await self.launcher.launch(), on_loading)
 
-    async def _launch(self, on_loading: OnLoading) -> EngineLink:
-        """Start a worker and link to it."""
-        if self._directory is None:
-            self._directory = tempfile.mkdtemp(prefix="millrace-")  # only this user may enter
-        address = f"unix:{self._directory}/{next(self._generation)}"
-        self.process = await WorkerProcess.start(self._command, address, self._engine)
-        return await self._connect(await self.process.loaded(on_loading))
+    async def _load(self, process: WorkerProcess, on_loading: OnLoading) -> EngineLink:
+        return await self._connect(await process.loaded(on_loading))
 
     async def _find(self, address: str) -> EngineLink:
         """Link to the worker elsewhere, however long it takes to come up."""
@@ -112,7 +97,7 @@ class Supervisor:
         def check(info: BackendInfo, embedder: EmbedderInfo | None) -> None:
             if info.checkpoint_digest != self._checkpoint_digest:
                 raise ConfigError(
-                    f"the worker at {address} runs another model than --model {self._engine.model}: digests of "
+                    f"the worker at {address} runs another model than --model {self.launcher.config.model}: digests of "
                     f"config.json and tokenizer.json are {info.checkpoint_digest} ({info.architecture}) there and "
                     f"{self._checkpoint_digest} here; start both with the same checkpoint"
                 )
@@ -120,8 +105,8 @@ class Supervisor:
                 there = f"{embedder.revision} ({embedder.name})" if embedder else "none"
                 raise ConfigError(
                     f"the worker at {address} embeds with another model than --embedding-model "
-                    f"{self._engine.embedding_model}: revisions are {there} there and {self._embedder_revision} here; "
-                    "start both with the same embedding model"
+                    f"{self.launcher.config.embedding_model}: revisions are {there} there and "
+                    f"{self._embedder_revision} here; start both with the same embedding model"
                 )
 
         return await self.backend.connect(address, check)
@@ -143,14 +128,15 @@ class Supervisor:
             await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
             why = hang.result() if hang.done() else None  # None: the link ended
             await link.close(why or "the worker is gone")
-            if self.process is None:
+            process = self.launcher.process
+            if process is None:
                 return why or link.ended.result()
             if why:
-                await self.process.dump()
+                await process.dump()
             else:
                 with contextlib.suppress(TimeoutError):
-                    why = await asyncio.wait_for(self.process.ended(), LAST_WORDS)
-            await self.process.stop(grace=0)
+                    why = await asyncio.wait_for(process.ended(), LAST_WORDS)
+            await process.stop(grace=0)
             return why or link.ended.result()
         finally:
             hang.cancel()
@@ -162,11 +148,11 @@ class Supervisor:
                 if self._config.worker:
                     return await self._connect(self._config.worker)
                 async with asyncio.timeout(self._config.worker_start_timeout):
-                    return await self._launch(lambda done, total: None)
+                    return await self._load(await self.launcher.launch(), lambda done, total: None)
             except Exception as error:  # whatever it is, trying again is all there is
                 log.error("no new worker yet: %s", error or type(error).__name__)
-                if self.process is not None:
-                    await self.process.stop(grace=0)
+                if self.launcher.process is not None:
+                    await self.launcher.process.stop(grace=0)
 
 
 def backoff() -> Iterator[float]:

@@ -1,12 +1,15 @@
-"""A worker process of this gateway: started with `exec`, never forked, and never left behind."""
+"""Worker processes of this gateway: started with `exec`, never forked, and never left behind."""
 
 import asyncio
 import contextlib
+import itertools
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
+import tempfile
 from asyncio.subprocess import Process
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,6 +20,7 @@ from millrace.server.errors import StartupError
 log = logging.getLogger(__name__)
 
 WORKER = (sys.executable, "-m", "millrace.server.worker.main")
+GRACE = 5.0  # seconds to end in; by then no stream is left
 DUMP = 1.0  # seconds that a hung worker gets to write its stacks
 
 
@@ -96,6 +100,37 @@ class WorkerProcess:
                     return story
             log.warning("worker %d says: %s", self.pid, line.decode(errors="replace").rstrip())
         return None
+
+
+class Launcher:
+    """Starts workers of one configuration, each on a Unix socket of its own in a directory of theirs."""
+
+    def __init__(self, config: EngineConfig, command: Sequence[str] = WORKER):
+        """`command` starts a worker."""
+        self.config = config
+        self.directory: str | None = None
+        self.process: WorkerProcess | None = None  # the newest
+        self._command = command
+        self._generation = itertools.count(1)
+
+    async def launch(self) -> WorkerProcess:
+        """Start a worker, which loads on its own."""
+        if self.directory is None:
+            self.directory = tempfile.mkdtemp(prefix="millrace-")  # only this user may enter
+        address = f"unix:{self.directory}/{next(self._generation)}"
+        self.process = await WorkerProcess.start(self._command, address, self.config)
+        return self.process
+
+    async def close(self) -> None:
+        """End the newest worker; those before it are gone. Idempotent."""
+        if self.process is not None:
+            await self.process.stop(GRACE)
+        self.remove_directory()
+
+    def remove_directory(self) -> None:
+        """Remove the sockets of workers; all there is to tidy where a process must end at once."""
+        if self.directory is not None:
+            shutil.rmtree(self.directory, ignore_errors=True)
 
 
 def describe_exit(status: int) -> str:

@@ -1,20 +1,19 @@
 """Packs planned rows into the arrays of a `Batch`.
 
 What a step needs of a running sequence lies in columns, one lane each: its tokens, its blocks, its sampling
-parameters. They change by what is new (an arrival, a token, a block), and compiled loops gather them into
-the arrays of a step, so a step costs its own tokens and not those of the contexts behind them.
+parameters. They change by what is new (an arrival, a token, a block), and native loops gather them into the
+arrays of a step, so a step costs its own tokens and not those of the contexts behind them.
 """
 
-from array import array
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from millrace.kernels.ragged import append, gather, pack_tokens
 from millrace.server.engine.scheduler import Row
-from millrace.server.engine.sequence import Sequence, SequenceRequest
+from millrace.server.engine.sequence import Sequence
 from millrace.server.model.executors.base import (
     Batch,
     Float32,
@@ -25,68 +24,9 @@ from millrace.server.model.executors.base import (
     Ticket,
     TokenMask,
 )
-from millrace.server.types import Sampling
 
-Function = TypeVar("Function", bound=Callable[..., Any])
 Rows = list[Row]
 UInt32 = NDArray[np.uint32]
-
-
-def compiled(function: Function) -> Function:
-    """Compile on the first call; keep the machine code where the package or the user's cache can be written."""
-    try:
-        machine: Function = njit(function, cache=True, nogil=True)
-    except RuntimeError:  # nothing can be written: every process compiles for itself
-        machine = njit(function, nogil=True)
-    return machine
-
-
-@compiled
-def pack_tokens(
-    lanes: Int32, starts: Int32, ends: Int32, tokens: Int32, blocks: Int32, block_size: int
-) -> tuple[Int32, Int32, Int32, Int32, Int32]:
-    """Gather tokens [starts, ends) of each row: token_ids, positions, slots, offsets, block_tables of a Batch."""
-    rows = len(lanes)
-    offsets = np.zeros(rows + 1, np.int32)
-    widest = 0
-    for row in range(rows):
-        offsets[row + 1] = offsets[row] + ends[row] - starts[row]
-        widest = max(widest, (ends[row] + block_size - 1) // block_size)
-    token_ids = np.empty(offsets[rows], np.int32)
-    positions = np.empty(offsets[rows], np.int32)
-    slots = np.empty(offsets[rows], np.int32)
-    block_tables = np.full((rows, widest), -1, np.int32)
-    for row in range(rows):
-        lane = lanes[row]
-        for column in range((ends[row] + block_size - 1) // block_size):
-            block_tables[row, column] = blocks[lane, column]
-        for position in range(starts[row], ends[row]):
-            i = offsets[row] + position - starts[row]
-            token_ids[i] = tokens[lane, position]
-            positions[i] = position
-            slots[i] = blocks[lane, position // block_size] * block_size + position % block_size
-    return token_ids, positions, slots, offsets, block_tables
-
-
-@compiled
-def gather(table: NDArray[Any], rows: Int32, lens: Int32) -> tuple[Int32, NDArray[Any]]:
-    """Join table[rows[i], :lens[i]]; returns offsets [len(rows) + 1] and the values."""
-    offsets = np.zeros(len(rows) + 1, np.int32)
-    for i in range(len(rows)):
-        offsets[i + 1] = offsets[i] + lens[i]
-    values = np.empty(offsets[len(rows)], table.dtype)
-    for i in range(len(rows)):
-        for j in range(lens[i]):
-            values[offsets[i] + j] = table[rows[i], j]
-    return offsets, values
-
-
-@compiled
-def append(table: Int32, lens: Int32, rows: Int32, values: Int32) -> None:
-    """Put values[i] behind the last of row rows[i]."""
-    for i in range(len(rows)):
-        table[rows[i], lens[rows[i]]] = values[i]
-        lens[rows[i]] += 1
 
 
 def all_but(banned: Iterable[int], vocab_size: int) -> UInt32:
@@ -142,15 +82,6 @@ class BatchPacker:
         self._needs_history = np.zeros(lanes, np.bool_)
         self._first_stops = np.zeros(lanes, np.int32)  # position of the first token that may be a stop token
         self._without_stops: dict[int, UInt32] = {}  # lane -> mask for the tokens before
-
-    def warm_up(self) -> None:
-        """Compile every loop, so that no request waits for it. Overwrites lane 0."""
-        request = SequenceRequest(0, "", "", array("i", [0]), Sampling(), 0, 1)
-        sequence = Sequence(request, 0, 0, prompt_len=1, limit=2, length=1, lane=0, blocks=[0])
-        self.admit(sequence)
-        self.grow(sequence)
-        self.append([0], [0])
-        self.pack([Row(sequence, 0, 1, samples=True, source=None)], {})
 
     def admit(self, sequence: Sequence) -> None:
         """Fill the lane of a sequence that starts, or starts over."""

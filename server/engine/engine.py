@@ -74,7 +74,6 @@ class Engine:
         self._clock_us = clock_us
         self._scheduler = Scheduler(limits, BlockPool(layout.num_blocks, layout.block_size))
         self._packer = BatchPacker(limits.lanes, layout.block_size, info.vocab_size)
-        self._packer.warm_up()
         self._flights: deque[Flight] = deque()
         self._steps = 0
         self._hopeless = 0

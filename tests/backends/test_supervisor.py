@@ -30,6 +30,7 @@ from link_fakes import (
 
 from millrace.server.backends import supervisor as supervision
 from millrace.server.backends.supervisor import FIRST_DELAY, LONGEST_DELAY, Supervisor, backoff
+from millrace.server.backends.worker_process import Launcher
 from millrace.server.config import EngineConfig, SupervisorConfig
 from millrace.server.errors import ConfigError, EngineLost, EngineRestarting, StartupError
 from millrace.server.types import EmbedderInfo
@@ -40,9 +41,8 @@ DIGEST = INFO.checkpoint_digest
 
 @asynccontextmanager
 async def supervised(model: str = "0.002", hang_timeout: float = 30) -> AsyncIterator[Supervisor]:
-    supervisor = Supervisor(
-        EngineConfig(model=model), SupervisorConfig(worker_hang_timeout=hang_timeout), DIGEST, WORKER
-    )
+    launcher = Launcher(EngineConfig(model=model), WORKER)
+    supervisor = Supervisor(launcher, SupervisorConfig(worker_hang_timeout=hang_timeout), DIGEST)
     try:
         await supervisor.start()
         yield supervisor
@@ -51,8 +51,8 @@ async def supervised(model: str = "0.002", hang_timeout: float = 30) -> AsyncIte
 
 
 def pid_of(supervisor: Supervisor) -> int:
-    assert supervisor.process is not None
-    return supervisor.process.pid
+    assert supervisor.launcher.process is not None
+    return supervisor.launcher.process.pid
 
 
 def is_alive(pid: int) -> bool:
@@ -80,11 +80,11 @@ async def expect_service(supervisor: Supervisor, first: int) -> None:
 
 async def test_loading_is_told_and_the_end_leaves_nothing() -> None:
     loading: list[tuple[int, int]] = []
-    supervisor = Supervisor(EngineConfig(model="noisy"), SupervisorConfig(), DIGEST, WORKER)
+    supervisor = Supervisor(Launcher(EngineConfig(model="noisy"), WORKER), SupervisorConfig(), DIGEST)
     await supervisor.start(lambda done, total: loading.append((done, total)))
     assert loading == [(50, 200), (200, 200)]
     await expect_service(supervisor, 3)
-    pid, directory = pid_of(supervisor), supervisor._directory
+    pid, directory = pid_of(supervisor), supervisor.launcher.directory
     assert directory is not None
     assert modes(directory) == [0o700, 0o600]  # the directory and the socket in it
     await supervisor.close()
@@ -103,7 +103,7 @@ async def test_a_first_start_that_fails_says_why(model: str, message: str) -> No
 
 
 async def test_a_worker_that_dies_while_loading_is_a_failed_start() -> None:
-    supervisor = Supervisor(EngineConfig(model="slow-load"), SupervisorConfig(), DIGEST, WORKER)
+    supervisor = Supervisor(Launcher(EngineConfig(model="slow-load"), WORKER), SupervisorConfig(), DIGEST)
     start = asyncio.create_task(supervisor.start(lambda done, total: os.kill(pid_of(supervisor), signal.SIGKILL)))
     with pytest.raises(StartupError, match="killed by SIGKILL"):
         await start
@@ -111,7 +111,9 @@ async def test_a_worker_that_dies_while_loading_is_a_failed_start() -> None:
 
 
 async def test_loading_too_long_is_a_failed_start_and_closing_ends_it() -> None:
-    supervisor = Supervisor(EngineConfig(model="slow-load"), SupervisorConfig(worker_start_timeout=2), DIGEST, WORKER)
+    supervisor = Supervisor(
+        Launcher(EngineConfig(model="slow-load"), WORKER), SupervisorConfig(worker_start_timeout=2), DIGEST
+    )
     with pytest.raises(StartupError, match="--worker-start-timeout"):
         await supervisor.start()
     pid = pid_of(supervisor)
@@ -187,7 +189,7 @@ async def test_a_busy_or_idle_worker_is_not_taken_for_a_hung_one() -> None:
 async def test_a_worker_elsewhere_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     address = f"unix:{tmp_path}/elsewhere"
     monkeypatch.setattr(supervision, "FIRST_DELAY", 0.02)
-    supervisor = Supervisor(EngineConfig(), SupervisorConfig(worker=address), DIGEST, ("false",))
+    supervisor = Supervisor(Launcher(EngineConfig(), ("false",)), SupervisorConfig(worker=address), DIGEST)
     starting = asyncio.create_task(supervisor.start())
     await asyncio.sleep(0.1)
     assert not starting.done()
@@ -197,12 +199,12 @@ async def test_a_worker_elsewhere_is_found_again(tmp_path: Path, monkeypatch: py
             await expect_service(supervisor, first)
         await next_readiness(supervisor, False)
     await supervisor.close()
-    assert supervisor.process is None
+    assert supervisor.launcher.process is None
 
 
 async def test_no_worker_elsewhere_is_a_failed_start(tmp_path: Path) -> None:
     config = SupervisorConfig(worker=f"unix:{tmp_path}/nobody", worker_start_timeout=0.5)
-    supervisor = Supervisor(EngineConfig(), config, DIGEST)
+    supervisor = Supervisor(Launcher(EngineConfig()), config, DIGEST)
     with pytest.raises(StartupError, match=r"no worker is ready after 0.5 s .*: cannot reach the worker at unix:"):
         await supervisor.start()
     await supervisor.close()
@@ -216,7 +218,7 @@ def other_engine() -> ScriptedEngine:
 
 async def test_a_worker_of_another_checkpoint_is_a_failed_start(tmp_path: Path) -> None:
     address = f"unix:{tmp_path}/other"
-    supervisor = Supervisor(EngineConfig(model="mine"), SupervisorConfig(worker=address), DIGEST)
+    supervisor = Supervisor(Launcher(EngineConfig(model="mine")), SupervisorConfig(worker=address), DIGEST)
     async with worker(other_engine(), address):
         with pytest.raises(ConfigError, match=f"--model mine: .* another-digest .* {DIGEST} here"):
             await supervisor.start()
@@ -224,7 +226,7 @@ async def test_a_worker_of_another_checkpoint_is_a_failed_start(tmp_path: Path) 
 
 
 async def test_a_worker_that_starts_with_another_checkpoint_is_a_failed_start() -> None:
-    supervisor = Supervisor(EngineConfig(model="0.002"), SupervisorConfig(), "mine", WORKER)
+    supervisor = Supervisor(Launcher(EngineConfig(model="0.002"), WORKER), SupervisorConfig(), "mine")
     with pytest.raises(ConfigError, match=f"{DIGEST} .* mine here"):
         await supervisor.start()
     await supervisor.close()
@@ -235,7 +237,7 @@ async def test_a_worker_that_comes_back_with_another_checkpoint_stays_out(
 ) -> None:
     address = f"unix:{tmp_path}/elsewhere"
     monkeypatch.setattr(supervision, "FIRST_DELAY", 0.02)
-    supervisor = Supervisor(EngineConfig(), SupervisorConfig(worker=address), DIGEST)
+    supervisor = Supervisor(Launcher(EngineConfig()), SupervisorConfig(worker=address), DIGEST)
     async with worker(ScriptedEngine(), address):
         await supervisor.start()
     await next_readiness(supervisor, False)
@@ -269,7 +271,9 @@ async def test_a_worker_that_embeds_with_another_model_is_refused(
     engine = ScriptedEngine()
     engine.embedder = embedder
     address = f"unix:{tmp_path}/w"
-    supervisor = Supervisor(EngineConfig(), SupervisorConfig(worker=address), DIGEST, embedder_revision=revision)
+    supervisor = Supervisor(
+        Launcher(EngineConfig()), SupervisorConfig(worker=address), DIGEST, embedder_revision=revision
+    )
     async with worker(engine, address):
         with pytest.raises(ConfigError, match=refusal) if refusal else contextlib.nullcontext():
             await supervisor.start()
@@ -296,16 +300,18 @@ def test_delays_double_up_to_a_bound_with_jitter() -> None:
 GATEWAY = """
 import asyncio, sys
 from millrace.server.backends.supervisor import Supervisor
+from millrace.server.backends.worker_process import Launcher
 from millrace.server.config import EngineConfig, SupervisorConfig
 
 async def main():
-    supervisor = Supervisor(EngineConfig(model=sys.argv[1]), SupervisorConfig(), "scripted-digest", tuple(sys.argv[2:]))
+    launcher = Launcher(EngineConfig(model=sys.argv[1]), tuple(sys.argv[2:]))
+    supervisor = Supervisor(launcher, SupervisorConfig(), "scripted-digest")
     starting = asyncio.create_task(supervisor.start())
-    while supervisor.process is None:
+    while supervisor.launcher.process is None:
         await asyncio.sleep(0.01)
     if sys.argv[1] != "slow-load":
         await starting
-    print(supervisor.process.pid, flush=True)
+    print(supervisor.launcher.process.pid, flush=True)
     await asyncio.sleep(60)
 
 asyncio.run(main())

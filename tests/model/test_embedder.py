@@ -262,6 +262,18 @@ def test_another_file_in_the_package_is_refused(package: Path, name: str) -> Non
         locate_embedder("auto")
 
 
+def test_a_file_is_hashed_once_while_it_stays_as_it_is(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    real = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda stream, name: read.append(stream.name) or real(stream, name))
+    assert locate_embedder("auto") == package
+    revision = embedder_info(package).revision
+    assert (len(read), embedder_info(package).revision) == (len(set(read)), revision)
+    (package / "tokenizer.json").write_text((package / "tokenizer.json").read_text() + "\n")
+    assert embedder_info(package).revision != revision
+    assert len(read) == len(set(read)) + 1
+
+
 def test_the_real_package_is_the_pinned_one() -> None:
     directory = locate_embedder("auto")
     if directory is None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from millrace.server.backends.supervisor import Supervisor
+from millrace.server.backends.worker_process import Launcher
 from millrace.server.config import EngineConfig, SupervisorConfig
 from millrace.server.errors import CheckpointError, FeatureUnsupported, PromptTooLong
 from millrace.server.model.checkpoint import checkpoint_digest
@@ -40,7 +41,7 @@ async def test_vectors_and_tokens_are_those_of_the_executors(config: EngineConfi
         return [pooled[row].astype("<f4").tobytes() for row in range(len(rows))]
 
     digest = checkpoint_digest(config.checkpoint)
-    supervisor = Supervisor(config, SupervisorConfig(), digest, embedder_revision=info.revision)
+    supervisor = Supervisor(Launcher(config), SupervisorConfig(), digest, embedder_revision=info.revision)
     try:
         await supervisor.start()
         backend = supervisor.backend
