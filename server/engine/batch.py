@@ -26,6 +26,7 @@ from millrace.server.model.executors.base import (
 )
 
 Rows = list[Row]
+SAMPLE, NOTHING = np.int32(Output.SAMPLE), np.int32(Output.NOTHING)
 UInt32 = NDArray[np.uint32]
 
 
@@ -138,7 +139,7 @@ class BatchPacker:
             offsets=offsets,
             context_lens=ends,
             block_tables=block_tables,
-            outputs=np.where(samples, np.int32(Output.SAMPLE), np.int32(Output.NOTHING)),
+            outputs=np.where(samples, SAMPLE, NOTHING),
             draft_lens=np.zeros(len(rows), np.int32),
             adapters=np.full(len(rows), -1, np.int32),
             sampling=self._sampling(drawing, drawn),

@@ -30,6 +30,7 @@ from millrace.server.model.executors.tickets import Tickets, check_runnable, che
 from millrace.server.model.spec import ModelSpec
 from millrace.server.model.weights import Found, Progress
 
+POOLED = int(Output.POOLED)  # comparing arrays with members of an enum is slow
 COLUMNS = tuple(field.name for field in fields(SamplingColumns))
 NO_EMBEDDINGS = np.empty(0, np.int32), np.empty((0, 0), np.float32)
 
@@ -81,7 +82,7 @@ class CpuExecutor:
         draws = plan_draws(batch, token_ids)
         if not len(batch.outputs):
             return self._tickets.keep(accept_draws(batch, draws, NO_DRAWS, {}, errors))
-        rows = np.flatnonzero(batch.outputs == Output.POOLED).astype(np.int32)
+        rows = np.flatnonzero(batch.outputs == POOLED).astype(np.int32)
         native, vectors = self._step(batch, token_ids, draws, rows)
         pooled = checked_vectors(rows.tolist(), vectors, errors)
         return self._tickets.keep(accept_draws(batch, draws, sample_result(native), pooled, errors))

@@ -23,6 +23,7 @@ from millrace.server.model.executors.base import (
     TokenMask,
 )
 
+SAMPLE = int(Output.SAMPLE)  # comparing arrays with members of an enum is slow
 NO_DRAWS = SampleResult(
     token_ids=np.empty(0, np.int32),
     logprobs=np.empty(0, np.float32),
@@ -46,17 +47,19 @@ class Draws:
 
 def plan_draws(batch: Batch, token_ids: Int32) -> Draws:
     """`token_ids`: those of the batch with placeholders filled in."""
-    rows = np.flatnonzero(batch.outputs == Output.SAMPLE).astype(np.int32)
+    rows = np.flatnonzero(batch.outputs == SAMPLE).astype(np.int32)
     drafts = batch.draft_lens[rows]
+    if not batch.placeholders and not drafts.any():  # most steps: each row draws once
+        first = np.arange(len(rows) + 1, dtype=np.int32)
+        return Draws(rows, first, batch.offsets[rows + 1] - 1, batch.sampling, batch.masks)
     first = _offsets(drafts + 1)
     owner = np.repeat(np.arange(len(rows), dtype=np.int32), drafts + 1)
     ahead = np.arange(first[-1], dtype=np.int32) - first[owner]
     tokens = batch.offsets[rows + 1][owner] - 1 - drafts[owner] + ahead
     sampling = batch.sampling
-    if batch.placeholders or drafts.any():
-        additions = _additions(batch, token_ids, rows, drafts)
-        if drafts.any() or any(addition.size for addition in additions):
-            sampling = _expand(sampling, owner, ahead, additions)
+    additions = _additions(batch, token_ids, rows, drafts)
+    if drafts.any() or any(addition.size for addition in additions):
+        sampling = _expand(sampling, owner, ahead, additions)
     masks = [
         TokenMask(draw, mask.words, mask.is_ready)
         for mask in batch.masks
@@ -143,7 +146,7 @@ def accept_draws(
 def _accept_all(batch: Batch, sampled: SampleResult, pooled: Mapping[int, Float32]) -> StepResult:
     """The same where nothing was drafted and nothing failed: most steps."""
     return StepResult(
-        offsets=_offsets(batch.outputs == Output.SAMPLE),
+        offsets=_offsets(batch.outputs == SAMPLE),
         token_ids=sampled.token_ids,
         logprobs=sampled.logprobs,
         top_offsets=sampled.top_offsets,
@@ -154,7 +157,9 @@ def _accept_all(batch: Batch, sampled: SampleResult, pooled: Mapping[int, Float3
 
 
 def _offsets(lengths: NDArray[Any]) -> Int32:
-    return np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
+    offsets = np.zeros(len(lengths) + 1, np.int32)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
 
 
 def _join(pieces: Iterable[NDArray[Any]], dtype: type[Any]) -> NDArray[Any]:
