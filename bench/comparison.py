@@ -41,14 +41,15 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """`label`: of the model. `versions`: of the peers. By width: `limits`, and `dram`, bytes per second around ours."""
+    """`label`: of the model. `versions`: of the peers. By width: `limits`, and `dram`, bytes per second
+    that memory could be read at beside each of our batches."""
 
     label: str
     threads: int
     isa: str
     workload: Workload
     roof: Roof
-    dram: Mapping[str, float]
+    dram: Mapping[str, Mapping[int, float]]
     limits: Mapping[str, Speeds]
     versions: Mapping[str, str]
     results: Sequence[Result]
@@ -63,7 +64,7 @@ class Comparison:
             "isa": self.isa,
             "workload": json.loads(self.workload.to_json()),
             "roof": asdict(self.roof),
-            "dram": dict(self.dram),
+            "dram": {width: dict(rates) for width, rates in self.dram.items()},
             "limits": {width: speeds.to_json() for width, speeds in self.limits.items()},
             "versions": dict(self.versions),
             "results": [result.to_json() for result in self.results],
@@ -79,8 +80,9 @@ class Comparison:
                 yield f"{result.engine} {result.width}: {result.error}"
 
     def _table(self, width: str, results: Sequence[Result]) -> Table:
-        what = f"{self.label}, {width}, {self.threads} threads, {self.isa}, {self.dram[width] / 1e9:.1f} GB/s of memory"
-        table = Table(title=f"{what}: tokens per second", title_justify="left")
+        rates = ", ".join(f"{rate / 1e9:.1f}" for rate in self.dram[width].values())
+        title = f"{self.label}, {width}, {self.threads} threads, {self.isa}; tokens per second; memory at {rates} GB/s"
+        table = Table(title=title, title_justify="left")
         peers = [result for result in results if result.engine != OURS and not result.error]
         names = [f"{result.engine}{' (reused)' if result.reused else ''}" for result in peers]
         table.add_column("work")

@@ -2,7 +2,7 @@
 
 On a checkpoint of random weights, or on one of yours, for each width of weights: prefill, decode at several batch
 sizes and a mixed load, all greedy; here, with every peer that is installed, and what the machine allows at most, in
-one run. Memory is measured again before and after each width of ours: where it is shared, its speed changes. Peers are
+one run. Memory is measured again before and after each of our batches: where it is shared, its speed changes. Peers are
 installed by `python -m millrace.bench.peers`, or by naming them with --peers.
 """
 
@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 from rich.console import Console
@@ -25,7 +26,7 @@ from millrace.bench.ours import measure_ours
 from millrace.bench.peers.base import PeerError
 from millrace.bench.peers.choice import chosen, names
 from millrace.bench.peers.registry import PEERS
-from millrace.bench.roof import Rate, isas_up_to, measure_dram, measure_roof, roof_table
+from millrace.bench.roof import isas_up_to, measure_dram, measure_roof, roof_table
 from millrace.bench.workload import Workload
 from millrace.kernels import _C
 from millrace.server.errors import MillraceError
@@ -69,23 +70,22 @@ def compare(arguments: argparse.Namespace, progress: Console) -> Comparison:
     roof = measure_roof(threads, seconds)
     Console(width=120).print(roof_table(roof))
     results: list[Result] = []
-    dram: dict[str, Rate] = {}
+    dram: dict[str, dict[int, float]] = {}
     if arguments.reference:
         reference = replace(measure_ours(model, "float32", threads, workload), engine="reference")
         results += [replace(reference, width=width) for width in arguments.widths]
     for width in arguments.widths:
-        measures = {OURS: partial(measure_ours, model, width, threads, workload)}
+        rates: list[float] = []
+        beside = partial(append_dram, rates, threads, seconds)
+        measures = {OURS: partial(measure_ours, model, width, threads, workload, beside)}
         for (name, of), found in prepared.items():
             if of == width:
                 measures[name] = partial(measure_peer, name, width, found, threads, isa, workload, work)
-        around = [measure_dram(threads, seconds)]
         for name, measure in measures.items():
             start = time.perf_counter()
             results.append(measure())
-            if name == OURS:
-                around.append(measure_dram(threads, seconds))
             progress.print(f"{name} {width}: {time.perf_counter() - start:.0f} s {results[-1].error or ''}")
-        dram[width] = max(around, key=lambda rate: rate.all)
+        dram[width] = {batch: max(pair) for batch, pair in zip(workload.batches, pairwise(rates), strict=False)}
     isas = isas_up_to(isa)
     comparison = Comparison(
         label=label,
@@ -93,12 +93,16 @@ def compare(arguments: argparse.Namespace, progress: Console) -> Comparison:
         isa=isa,
         workload=workload,
         roof=roof,
-        dram={width: rate.all for width, rate in dram.items()},
-        limits={width: limits(asked, replace(roof, dram=dram[width]), width, isas, workload) for width in dram},
+        dram=dram,
+        limits={width: limits(asked, roof, width, isas, workload, dram[width]) for width in dram},
         versions={name: PEERS[name].version(work) for name in sorted({name for name, _ in prepared})},
         results=results,
     )
     return reused_peers(comparison, arguments.reuse_peers) if arguments.reuse_peers else comparison
+
+
+def append_dram(rates: list[float], threads: int, seconds: float) -> None:
+    rates.append(measure_dram(threads, seconds).all)
 
 
 def measure_peer(

@@ -1,7 +1,7 @@
 """The speeds that no engine can exceed on a machine, from its roof and the numbers of a model."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from millrace.bench.roof import Roof
@@ -19,6 +19,7 @@ ARITHMETICS = {
     "int8": ("int8", "bf16", "fp32"),
     "int4": ("int8", "bf16", "fp32"),
 }
+NO_RATES: Mapping[int, float] = {}
 WIDTHS = tuple(LAYER_BYTES)
 
 
@@ -43,8 +44,12 @@ def size(weight: Weight) -> int:
     return math.prod(weight.shape)
 
 
-def limits(work: Work, roof: Roof, width: str, isas: Sequence[str], workload: Workload) -> Speeds:
-    """Norms, attention and the KV cache taken as free, and everything else as perfectly overlapped.
+def limits(
+    work: Work, roof: Roof, width: str, isas: Sequence[str], workload: Workload, dram: Mapping[int, float] = NO_RATES
+) -> Speeds:
+    """`dram`: bytes per second that memory could be read at beside a batch; where it is not there, the roof's.
+
+    Norms, attention and the KV cache taken as free, and everything else as perfectly overlapped.
 
     Prefill: two operations for each weight but those of the head, which one row of a prompt needs. Decode: each step
     reads the weights once, and each of its rows takes two operations for each of them, whichever takes longer.
@@ -55,7 +60,8 @@ def limits(work: Work, roof: Roof, width: str, isas: Sequence[str], workload: Wo
     prefill = compute / (2 * work.layers)
 
     def decode(batch: int) -> float:
-        return min(roof.dram.all / work.step_bytes(width) * batch, compute / (2 * (work.layers + work.head)))
+        rate = dram.get(batch, roof.dram.all)
+        return min(rate / work.step_bytes(width) * batch, compute / (2 * (work.layers + work.head)))
 
     prompts, outputs = workload.requests * workload.request_prompt, workload.requests * workload.request_output
     seconds = prompts / prefill + outputs / decode(workload.requests)

@@ -1,7 +1,7 @@
 """Our engine at the work of the bench, in this process."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,10 @@ class EngineStepper:
         return [token.sequence_id for token in output.tokens]
 
 
-def measure_ours(model: Path, width: str, threads: int, workload: Workload) -> Result:
+def measure_ours(
+    model: Path, width: str, threads: int, workload: Workload, beside: Callable[[], object] = lambda: None
+) -> Result:
+    """`beside`: as of `Meter.measure`."""
     start = time.perf_counter()
     try:
         config = EngineConfig(
@@ -58,7 +61,7 @@ def measure_ours(model: Path, width: str, threads: int, workload: Workload) -> R
         load_seconds = time.perf_counter() - start
         engine = Engine(loaded.executor, loaded.info, config)
         try:
-            speeds = Meter(EngineStepper(engine)).measure(workload)
+            speeds = Meter(EngineStepper(engine)).measure(workload, beside)
         finally:
             engine.close()
     except ValidationError as error:

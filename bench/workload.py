@@ -96,14 +96,17 @@ class Meter:
         self._stepper, self._clock = stepper, clock
         self._random, self._next = random.Random(0), 0
 
-    def measure(self, work: Workload) -> Speeds:
-        """Before each batch a short one of its size, so that nobody pays for what happens once."""
+    def measure(self, work: Workload, beside: Callable[[], object] = lambda: None) -> Speeds:
+        """Before each batch a short one of its size, so that nobody pays for what happens once. `beside` is called
+        before each batch and after the last."""
         self._run(1, work.decode_prompt, 2)
         speeds = Speeds()
         speeds.prefill = max(work.prefill / self._run(1, work.prefill, 1)[-1][0] for _ in range(work.repeats))
         for batch in work.batches:
+            beside()
             self._run(batch, work.decode_prompt, 2)
             speeds.decode[batch] = max(self.decode(batch, work) for _ in range(work.repeats_of(batch)))
+        beside()
         speeds.mixed = self.mixed(work)
         return speeds
 

@@ -27,7 +27,7 @@ def comparison(*results: Result) -> Comparison:
         isa="avx2",
         workload=WORK,
         roof=Roof(2, SOME, SOME, ()),
-        dram={"int8": 2e9},
+        dram={"int8": {1: 2e9, 8: 3e9}},
         limits={"int8": Speeds(1000.0, {1: 20.0, 8: 160.0}, 200.0)},
         versions={"vllm": "vLLM 1"},
         results=results,

@@ -52,3 +52,9 @@ def test_large_batches_are_bound_by_products_where_those_are_slow() -> None:
 def test_a_machine_without_a_measured_loop_has_no_limits() -> None:
     found = limits(WORK, replace(ROOF, loops=()), "bf16", ISAS, Workload())
     assert (found.prefill, found.decode, found.mixed) == (None, {}, None)
+
+
+def test_memory_beside_a_batch_bounds_that_batch() -> None:
+    everywhere, beside = (limits(WORK, ROOF, "int8", ISAS, Workload(), dram) for dram in ({}, {1: 10e9}))
+    assert beside.decode[1] == pytest.approx(10e9 / WORK.step_bytes("int8"))
+    assert beside.decode[8] == everywhere.decode[8]
