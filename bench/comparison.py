@@ -42,7 +42,7 @@ class Result:
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """`label`: of the model. `versions`: of the peers. By width: `limits`, and `dram`, bytes per second
-    that memory could be read at beside each of our batches."""
+    at which memory gave our weights beside each batch."""
 
     label: str
     threads: int

@@ -2,8 +2,9 @@
 
 On a checkpoint of random weights, or on one of yours, for each width of weights: prefill, decode at several batch
 sizes and a mixed load, all greedy; here, with every peer that is installed, and what the machine allows at most, in
-one run. Memory is measured again before and after each of our batches: where it is shared, its speed changes. Peers are
-installed by `python -m millrace.bench.peers`, or by naming them with --peers.
+one run. How fast memory gives the weights is measured before and after each of our batches, on the very pages that
+they lie on: it changes where others share the memory, and some of it may be far from the processor. Peers are installed
+by `python -m millrace.bench.peers`, or by naming them with --peers.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from millrace.bench.ours import measure_ours
 from millrace.bench.peers.base import PeerError
 from millrace.bench.peers.choice import chosen, names
 from millrace.bench.peers.registry import PEERS
-from millrace.bench.roof import isas_up_to, measure_dram, measure_roof, roof_table
+from millrace.bench.roof import isas_up_to, measure_roof, roof_table
 from millrace.bench.workload import Workload
 from millrace.kernels import _C
 from millrace.server.errors import MillraceError
@@ -72,12 +73,11 @@ def compare(arguments: argparse.Namespace, progress: Console) -> Comparison:
     results: list[Result] = []
     dram: dict[str, dict[int, float]] = {}
     if arguments.reference:
-        reference = replace(measure_ours(model, "float32", threads, workload), engine="reference")
+        reference = replace(measure_ours(model, "float32", threads, workload, [], seconds), engine="reference")
         results += [replace(reference, width=width) for width in arguments.widths]
     for width in arguments.widths:
         rates: list[float] = []
-        beside = partial(append_dram, rates, threads, seconds)
-        measures = {OURS: partial(measure_ours, model, width, threads, workload, beside)}
+        measures = {OURS: partial(measure_ours, model, width, threads, workload, rates, seconds)}
         for (name, of), found in prepared.items():
             if of == width:
                 measures[name] = partial(measure_peer, name, width, found, threads, isa, workload, work)
@@ -99,10 +99,6 @@ def compare(arguments: argparse.Namespace, progress: Console) -> Comparison:
         results=results,
     )
     return reused_peers(comparison, arguments.reuse_peers) if arguments.reuse_peers else comparison
-
-
-def append_dram(rates: list[float], threads: int, seconds: float) -> None:
-    rates.append(measure_dram(threads, seconds).all)
 
 
 def measure_peer(

@@ -47,7 +47,7 @@ def size(weight: Weight) -> int:
 def limits(
     work: Work, roof: Roof, width: str, isas: Sequence[str], workload: Workload, dram: Mapping[int, float] = NO_RATES
 ) -> Speeds:
-    """`dram`: bytes per second that memory could be read at beside a batch; where it is not there, the roof's.
+    """`dram`: bytes per second at which memory gave the weights beside a batch; where it is not there, the roof's.
 
     Norms, attention and the KV cache taken as free, and everything else as perfectly overlapped.
 

@@ -1,7 +1,8 @@
 """Our engine at the work of the bench, in this process."""
 
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,14 @@ from pydantic import ValidationError
 
 from millrace.bench.comparison import OURS, Result
 from millrace.bench.workload import Meter, Workload
+from millrace.kernels import _C
 from millrace.server.config import EngineConfig
 from millrace.server.engine.engine import Engine
 from millrace.server.engine.sequence import SequenceRequest
 from millrace.server.errors import MillraceError
 from millrace.server.model.executors import create_executor
+from millrace.server.model.executors.base import Executor
+from millrace.server.model.executors.cpu import CpuExecutor
 from millrace.server.types import Sampling
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -22,6 +26,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "int8": {"executor": "cpu", "quantization": "int8"},
     "int4": {"executor": "cpu", "quantization": "int4"},
 }
+
+
+def read_rate(executor: Executor, threads: int, seconds: float) -> float:
+    """Bytes per second at which `threads` threads read the weights; NaN of an executor that has them elsewhere."""
+    if not isinstance(executor, CpuExecutor) or executor._model is None:
+        return math.nan
+    return _C.roof_read_weights(model=executor._model, threads=threads, seconds=seconds)
 
 
 class EngineStepper:
@@ -43,9 +54,9 @@ class EngineStepper:
 
 
 def measure_ours(
-    model: Path, width: str, threads: int, workload: Workload, beside: Callable[[], object] = lambda: None
+    model: Path, width: str, threads: int, workload: Workload, rates: list[float], seconds: float
 ) -> Result:
-    """`beside`: as of `Meter.measure`."""
+    """`rates` takes the bytes per second at which memory gives the weights, as `beside` of `Meter.measure` has it."""
     start = time.perf_counter()
     try:
         config = EngineConfig(
@@ -61,7 +72,9 @@ def measure_ours(
         load_seconds = time.perf_counter() - start
         engine = Engine(loaded.executor, loaded.info, config)
         try:
-            speeds = Meter(EngineStepper(engine)).measure(workload, beside)
+            speeds = Meter(EngineStepper(engine)).measure(
+                workload, lambda: rates.append(read_rate(loaded.executor, threads, seconds))
+            )
         finally:
             engine.close()
     except ValidationError as error:

@@ -47,6 +47,10 @@ def measure_roof(threads: int | None = None, seconds: float = 0.5) -> Roof:
     count = threads or len(os.sched_getaffinity(0))
     l3_bytes = L2_MULTIPLE * l2_bytes()
 
+    def read(what: str, size: int, of_all: int) -> Rate:
+        one = _C.roof_read(bytes=size, threads=1, seconds=seconds)
+        return Rate(what, "", one, _C.roof_read(bytes=of_all, threads=count, seconds=seconds))
+
     def compute(arithmetic: str, isa: str) -> Rate:
         one, all_of_them = (
             _C.roof_compute(arithmetic=arithmetic, isa=isa, threads=number, seconds=seconds) for number in (1, count)
@@ -55,20 +59,10 @@ def measure_roof(threads: int | None = None, seconds: float = 0.5) -> Roof:
 
     return Roof(
         threads=count,
-        dram=measure_dram(count, seconds),
-        l3=_measure_read("L3 read", l3_bytes, l3_bytes * count, count, seconds),
+        dram=read("DRAM read", DRAM_BYTES, DRAM_BYTES),
+        l3=read("L3 read", l3_bytes, l3_bytes * count),
         loops=tuple(compute(arithmetic, isa) for arithmetic, isa in _C.roof_loops()),
     )
-
-
-def measure_dram(threads: int, seconds: float) -> Rate:
-    """It changes within minutes where others share the memory: measure it beside what it shall bound."""
-    return _measure_read("DRAM read", DRAM_BYTES, DRAM_BYTES, threads, seconds)
-
-
-def _measure_read(what: str, size: int, of_all: int, threads: int, seconds: float) -> Rate:
-    one = _C.roof_read(bytes=size, threads=1, seconds=seconds)
-    return Rate(what, "", one, _C.roof_read(bytes=of_all, threads=threads, seconds=seconds))
 
 
 def l2_bytes() -> int:

@@ -44,6 +44,8 @@ void read_words(const void* data, std::size_t bytes) {
   asm volatile("" : "+r"(sum));  // used: the compiler keeps the loads
 }
 
+auto reading_loop() { return has(Isa::avx512) ? avx512::read : has(Isa::avx2) ? avx2::read : read_words; }
+
 void pin(int index) {
   cpu_set_t allowed;
   CPU_ZERO(&allowed);
@@ -142,8 +144,17 @@ double measure_compute(const Compute& loop, int threads, double seconds) {
   return static_cast<double>(rounds) * static_cast<double>(loop.ops) * threads / shortest;
 }
 
+double measure_read(const void* data, std::size_t bytes, int threads, double seconds) {
+  const auto read = reading_loop();
+  const std::size_t part = bytes / static_cast<std::size_t>(threads) / kStep * kStep;
+  const double shortest = shortest_seconds(threads, seconds, [&](int thread) {
+    read(static_cast<const char*>(data) + static_cast<std::size_t>(thread) * part, part);
+  });
+  return static_cast<double>(part) * threads / shortest;
+}
+
 double measure_read(std::size_t bytes, int threads, double seconds) {
-  const auto read = has(Isa::avx512) ? avx512::read : has(Isa::avx2) ? avx2::read : read_words;
+  const auto read = reading_loop();
   const auto count = static_cast<std::size_t>(threads);
   const std::size_t part = std::max(bytes / count / kStep, std::size_t{1}) * kStep;
   const HugePages memory((part * count + kHugePage - 1) / kHugePage * kHugePage);

@@ -11,6 +11,7 @@
 #include "bench/pool.h"
 #include "bindings.h"
 #include "names.h"
+#include "runtime/model.h"
 
 namespace py = pybind11;
 
@@ -44,6 +45,12 @@ double read(std::size_t bytes, int threads, double seconds) {
   return roof::measure_read(bytes, threads, seconds);
 }
 
+double read_weights(const Model& model, int threads, double seconds) {
+  check(threads, seconds);
+  const py::gil_scoped_release release;
+  return roof::measure_read(model.weight_data(), model.weight_bytes(), threads, seconds);
+}
+
 // Of one thing that the pool does: a barrier, an empty run, a shared loop, or being idle.
 double pool_cost(const std::string& what, int threads, int rounds) {
   check(threads, 0);
@@ -65,6 +72,8 @@ void bind_roof(py::module_& module) {
              "Operations per second of such a loop on `threads` threads together, in about `seconds`.");
   module.def("roof_read", &read, py::kw_only(), py::arg("bytes"), py::arg("threads"), py::arg("seconds"),
              "Bytes per second that `threads` threads read together out of `bytes` bytes, in about `seconds`.");
+  module.def("roof_read_weights", &read_weights, py::kw_only(), py::arg("model"), py::arg("threads"),
+             py::arg("seconds"), "The same of a model's weights, where they lie.");
   module.def("pool_cost", &pool_cost, py::kw_only(), py::arg("what"), py::arg("threads"), py::arg("rounds"),
              "Nanoseconds of a barrier, an empty run or a shared loop; processor microseconds of a worker that idles.");
 }

@@ -7,6 +7,8 @@ namespace millrace {
 namespace {
 
 struct Int4 {
+  static constexpr std::size_t kNear = 4096;
+
   template <std::int32_t kRows>
   static void tile(const Tile& tile) {
     const Activations& x = tile.x;

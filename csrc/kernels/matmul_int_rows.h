@@ -34,10 +34,8 @@ inline void tile_of(std::int32_t rows, const Tile& tile) {
   if constexpr (kRows > 1) tile_of<Kernel, kRows - 1>(rows, tile);
 }
 
-inline constexpr std::size_t kNear = 4096;  // how far ahead to fetch, in bytes, where each block is read once
-
 // Blocks outermost: each is read from memory once and serves all rows from the cache. The first tile of rows fetches
-// what the next block needs.
+// what the next block needs; a tile that is alone, what lies Kernel::kNear bytes ahead.
 template <typename Kernel>
 inline void for_each_tile(const PackedMatrix& weights, const Activations& x, const MatmulOutput& output, Ranges ranges,
                           std::size_t block_bytes) {
@@ -45,7 +43,9 @@ inline void for_each_tile(const PackedMatrix& weights, const Activations& x, con
   const std::int32_t tiles = (rows + kMostRows - 1) / kMostRows;
   for (std::int32_t block = ranges.first_block; block < ranges.last_block; ++block) {
     const std::byte* data = weights.data + offset(block, block_bytes);
-    const std::byte* next = tiles == 1 ? data + kNear : block + 1 < ranges.last_block ? data + block_bytes : data;
+    const std::byte* next = tiles == 1                      ? data + Kernel::kNear
+                            : block + 1 < ranges.last_block ? data + block_bytes
+                                                            : data;
     for (std::int32_t i = 0; i < tiles; ++i) {  // of nearly equal size
       const std::int32_t row = ranges.first_row + rows * i / tiles;
       const std::int32_t last = ranges.first_row + rows * (i + 1) / tiles;

@@ -47,6 +47,7 @@ class Arena {
     return static_cast<T*>(allocate(count * sizeof(T), alignment));
   }
 
+  const std::byte* data() const { return base_; }
   std::size_t used() const { return used_; }          // bytes, alignment included
   std::size_t capacity() const { return capacity_; }  // bytes
 

@@ -25,6 +25,7 @@ class Model {
   KVStore& kv() { return kv_; }
   Pool& pool() { return *pool_; }
   std::size_t weight_bytes() const { return weights_->used(); }
+  const std::byte* weight_data() const { return weights_->data(); }
   // Layers completed since the start; any thread may read it.
   std::int64_t progress() const { return progress_.load(std::memory_order_relaxed); }
 

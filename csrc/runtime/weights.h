@@ -48,6 +48,7 @@ class Weights {
   Table table(const Tensor& tensor);
 
   std::size_t used() const { return arena_.used(); }
+  const std::byte* data() const { return arena_.data(); }  // of all that is used
 
  private:
   Arena arena_;

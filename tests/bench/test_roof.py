@@ -1,9 +1,14 @@
 """The roof is measured with what the machine has; what it has not is an error."""
 
+import math
+
 import pytest
 
 from millrace.bench import roof
+from millrace.bench.ours import read_rate
 from millrace.kernels import _C
+from millrace.server.config import EngineConfig
+from millrace.server.model.executors import create_executor
 
 
 def test_every_loop_and_both_memories_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,3 +57,12 @@ def test_arguments_are_checked() -> None:
         _C.roof_read(bytes=1, threads=1, seconds=float("nan"))
     with pytest.raises(ValueError, match="no loop of int3 with avx2"):
         _C.roof_compute(arithmetic="int3", isa="avx2", threads=1, seconds=0.01)
+
+
+def test_reading_the_weights_of_a_model() -> None:
+    config = EngineConfig(model="builtin", embedding_model="off", quantization="int8")
+    executor = create_executor(config, lambda done, total: None).executor
+    assert read_rate(executor, 1, 0.01) > 1e8
+    assert read_rate(executor, 2, 0.01) > 1e8
+    executor.close()
+    assert math.isnan(read_rate(executor, 1, 0.01))
