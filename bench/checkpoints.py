@@ -6,6 +6,7 @@ words that no text contains. Norms are ones, everything else is normal with a st
 """
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -87,8 +88,11 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def label_of(directory: Path) -> str:
-    """What to call a checkpoint of the user's: the same for the same content."""
-    return f"{directory.name}-{checkpoint_digest(directory)[:8]}"
+    """What to call a checkpoint of the user's: another name once its weights are others."""
+    weights = sorted(directory.glob("*.safetensors"))
+    facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in weights]
+    digest = hashlib.sha256(f"{checkpoint_digest(directory)} {facts}".encode()).hexdigest()
+    return f"{directory.name}-{digest[:8]}"
 
 
 def work_directory() -> Path:

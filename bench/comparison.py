@@ -81,7 +81,8 @@ class Comparison:
 
     def _table(self, width: str, results: Sequence[Result]) -> Table:
         rates = ", ".join(f"{rate / 1e9:.1f}" for rate in self.dram[width].values())
-        title = f"{self.label}, {width}, {self.threads} threads, {self.isa}; tokens per second; memory at {rates} GB/s"
+        memory = f"; memory at {rates} GB/s" if rates else ""
+        title = f"{self.label}, {width}, {self.threads} threads, {self.isa}; tokens per second{memory}"
         table = Table(title=title, title_justify="left")
         peers = [result for result in results if result.engine != OURS and not result.error]
         names = [f"{result.engine}{' (reused)' if result.reused else ''}" for result in peers]

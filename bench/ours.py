@@ -1,6 +1,5 @@
 """Our engine at the work of the bench, in this process."""
 
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,10 +27,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def read_rate(executor: Executor, threads: int, seconds: float) -> float:
-    """Bytes per second at which `threads` threads read the weights; NaN of an executor that has them elsewhere."""
+def read_rate(executor: Executor, threads: int, seconds: float) -> float | None:
+    """Bytes per second at which `threads` threads read the weights; None of an executor that has them elsewhere."""
     if not isinstance(executor, CpuExecutor) or executor._model is None:
-        return math.nan
+        return None
     return _C.roof_read_weights(model=executor._model, threads=threads, seconds=seconds)
 
 
@@ -71,10 +70,13 @@ def measure_ours(
         loaded = create_executor(config, lambda done, total: None)
         load_seconds = time.perf_counter() - start
         engine = Engine(loaded.executor, loaded.info, config)
+
+        def add_rate() -> None:
+            if rate := read_rate(loaded.executor, threads, seconds):
+                rates.append(rate)
+
         try:
-            speeds = Meter(EngineStepper(engine)).measure(
-                workload, lambda: rates.append(read_rate(loaded.executor, threads, seconds))
-            )
+            speeds = Meter(EngineStepper(engine)).measure(workload, add_rate)
         finally:
             engine.close()
     except ValidationError as error:

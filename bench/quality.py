@@ -80,6 +80,8 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     if options.window < 2:
         parser.error("--window: at least 2 tokens, one to predict the other")
+    if options.windows < 1:
+        parser.error("--windows: at least 1")
     options.work_dir = options.work_dir.resolve()
     if options.only:
         options.peers = []

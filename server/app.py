@@ -43,7 +43,7 @@ log = get_logger()
 async def serve(settings: Settings, launcher: Launcher, stop: asyncio.Future[None]) -> int:
     """Serve until `stop`; return the exit status. `launcher` may have started the worker already. Raises StartupErrors.
 
-    What is fast and fails early comes first; the port is held and health is truthful while the model loads.
+    The port is held, and health is truthful, while the model loads.
     """
     configure_logs(settings.server.log_format, settings.server.log_level)
     console = Console()
@@ -63,6 +63,8 @@ async def serve(settings: Settings, launcher: Launcher, stop: asyncio.Future[Non
         stack.push_async_callback(supervisor.close)
         embedder = TextEmbedder(supervisor.backend, encoder.tokenizer, encoder.info) if encoder else None
         library = await open_library(stack, settings.retrieval, embedder, encoder)
+        if stop.done():
+            return 0
         gateway = Gateway(
             Routes([card]),
             tenant_limits(keystore, settings.server),

@@ -39,6 +39,8 @@ async def start(settings: Settings) -> int:
             await launcher.launch()
         from millrace.server.app import serve
 
+        if stop.done():
+            return 0
         return await serve(settings, launcher, stop)
     finally:
         await launcher.close()

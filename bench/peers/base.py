@@ -16,6 +16,7 @@ from millrace.bench.peers.runner import ANSWER, QUESTION
 from millrace.bench.workload import Speeds, Workload
 
 BENCH = Path(__file__).parent.parent
+RECIPE = "2"  # what `install` makes; another number whenever that changes
 RUN_TIMEOUT = 1800.0  # seconds
 Windows = Sequence[Sequence[int]]  # token ids, at least two in each
 
@@ -63,7 +64,9 @@ class Peer(ABC):
         return work / "venvs" / self.name
 
     def installed(self, work: Path) -> bool:
-        return (self.environment(work) / "complete").is_file()
+        """By the recipe of today: an environment of an earlier one lacks something."""
+        mark = self.environment(work) / "complete"
+        return mark.is_file() and mark.read_text() == RECIPE
 
     def python(self, work: Path) -> Path:
         return self.environment(work) / "bin" / "python"
@@ -77,7 +80,7 @@ class Peer(ABC):
 
     def finish_environment(self, work: Path) -> None:
         """The mark of an installation that went through."""
-        (self.environment(work) / "complete").touch()
+        (self.environment(work) / "complete").write_text(RECIPE)
 
     def run_stepper(
         self, model: Path, threads: int, workload: Workload, work: Path, variables: Mapping[str, str]

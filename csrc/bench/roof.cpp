@@ -11,6 +11,7 @@
 #include <iterator>
 #include <limits>
 #include <new>
+#include <stdexcept>
 #include <thread>
 #include <vector>
 
@@ -147,6 +148,7 @@ double measure_compute(const Compute& loop, int threads, double seconds) {
 double measure_read(const void* data, std::size_t bytes, int threads, double seconds) {
   const auto read = reading_loop();
   const std::size_t part = bytes / static_cast<std::size_t>(threads) / kStep * kStep;
+  if (part == 0) throw std::invalid_argument("too few bytes for so many threads to read");
   const double shortest = shortest_seconds(threads, seconds, [&](int thread) {
     read(static_cast<const char*>(data) + static_cast<std::size_t>(thread) * part, part);
   });

@@ -29,6 +29,7 @@ double measure_compute(const Compute& loop, int threads, double seconds);
 double measure_read(std::size_t bytes, int threads, double seconds);
 
 // The same of memory that is in use, all of it in each run: how fast it is read depends on where it lies, too.
+// Throws std::invalid_argument where a thread would have less than 256 bytes to read.
 double measure_read(const void* data, std::size_t bytes, int threads, double seconds);
 
 }  // namespace millrace::roof

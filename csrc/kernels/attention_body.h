@@ -113,11 +113,11 @@ inline F32 scales_at(const float* const* scales, std::int32_t position) {
   return load(scales[position / kPanel] + position % kPanel);
 }
 
-// Asks for a block, a part of it at each of `steps`.
+// Asks for a block, a part of it at each of `steps`; null: for nothing.
 class Trickle {
  public:
   Trickle(const std::byte* block, std::int64_t bytes, std::int32_t steps)
-      : at_(block), end_(block == nullptr ? nullptr : block + bytes), step_(bytes / steps) {}
+      : at_(block), end_(block == nullptr ? nullptr : block + bytes), step_(block == nullptr ? 0 : bytes / steps) {}
 
   void ask() {
     for (const std::byte* stop = at_ + step_; at_ < stop && at_ < end_; at_ += 64) prefetch(at_);

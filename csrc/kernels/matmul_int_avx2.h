@@ -22,7 +22,7 @@ inline __m256i load_quad(const std::byte* p) {
 // What sums of int8 weights start at: add_int8 takes their 128 off.
 inline I32 start(std::int32_t) { return fill(0); }
 
-// 64 k: weights[2 tiles][16 quads][16 channels][4], read and prefetched in order. The unsigned operand of maddubs is
+// 64 k: weights[2 tiles][16 quads][16 channels][4], read in order. The unsigned operand of maddubs is
 // |w|, the signed one takes the sign of w: 2 * 127 * 127 fits 16 bits.
 template <std::int32_t kRows>
 inline void add_int8(I32 (&sums)[kRows][kVectors], const std::byte* weights, const std::byte* ahead, const std::byte* x,

@@ -22,8 +22,7 @@ inline __m512i load_quad(const std::byte* p) {
 // What sums of int8 weights start at: these are stored as w + 128.
 inline I32 start(std::int32_t row_sum) { return fill(-128 * row_sum); }
 
-// 64 k: weights[2 tiles][16 quads][16 channels][4]. Read and prefetched in order: twice as fast from memory as
-// both tiles at once.
+// 64 k: weights[2 tiles][16 quads][16 channels][4]. Read in order: twice as fast from memory as both tiles at once.
 template <std::int32_t kRows>
 inline void add_int8(I32 (&sums)[kRows][kVectors], const std::byte* weights, const std::byte* ahead, const std::byte* x,
                      std::size_t row_bytes) {

@@ -13,7 +13,7 @@ struct Tile {
   const MatmulOutput& output;
   std::int32_t row, block;
   const std::byte* data;   // of the block
-  const std::byte* ahead;  // what to prefetch while `data` is read, the same length
+  const std::byte* ahead;  // what to prefetch while `data` is read, the same length; `data` itself: nothing
 };
 
 inline std::size_t offset(std::int32_t i, std::size_t step) { return static_cast<std::size_t>(i) * step; }

@@ -45,7 +45,7 @@ inline bool gather(Channels channels, std::int32_t channel, std::int32_t k, std:
       const std::int32_t left = data == nullptr ? 0 : k - at;
       const std::byte* p = left <= 0 ? nullptr : data + static_cast<std::size_t>(at) * bytes;
       values[c] = left <= 0 ? zero() : left >= kLanes ? read(channels.stored, p) : read(channels.stored, p, left);
-      __builtin_prefetch(p + kReadAhead);
+      if (left > 0) __builtin_prefetch(p + kReadAhead);
       poison = fma(values[c], zero(), poison);
     }
     transpose(values);

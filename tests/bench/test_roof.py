@@ -1,7 +1,5 @@
 """The roof is measured with what the machine has; what it has not is an error."""
 
-import math
-
 import pytest
 
 from millrace.bench import roof
@@ -62,7 +60,9 @@ def test_arguments_are_checked() -> None:
 def test_reading_the_weights_of_a_model() -> None:
     config = EngineConfig(model="builtin", embedding_model="off", quantization="int8")
     executor = create_executor(config, lambda done, total: None).executor
-    assert read_rate(executor, 1, 0.01) > 1e8
-    assert read_rate(executor, 2, 0.01) > 1e8
+    for threads in (1, 2):
+        rate = read_rate(executor, threads, 0.01)
+        assert rate
+        assert 0 < rate < 1e15
     executor.close()
-    assert math.isnan(read_rate(executor, 1, 0.01))
+    assert read_rate(executor, 1, 0.01) is None

@@ -4,10 +4,8 @@ Tensors are packed straight from where the files are mapped; what has been packe
 """
 
 import mmap
-import os
-import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,13 +15,13 @@ import numpy as np
 from millrace.kernels import _C
 from millrace.server.errors import CheckpointError
 from millrace.server.model.executors.precision import BF16, Packing, Precision
+from millrace.server.model.executors.read_ahead import ReadAhead
 from millrace.server.model.rotary import frequencies
 from millrace.server.model.safetensors import ITEM_BYTES, Tensor
 from millrace.server.model.spec import LayerSpec, ModelSpec, NormSpec, RotarySpec, Shape, Weight
 from millrace.server.model.weights import STORED, Found, Progress
 
 LINE, TURN, BLOCK = 64, 16, 32
-READ_AHEAD = 32 << 20  # bytes that are asked for at once
 BF16_INFINITY = (2 - 2**-8) * 2.0**127  # what is rounded to it
 TABLES = {"embedding": "embedding", "position_embedding": "positions", "token_type_embedding": "token_types"}
 _Source = tuple[memoryview, str, int, int]  # numbers, dtype, rows, columns
@@ -119,13 +117,14 @@ class Loader:
         self._total = sum(tensor.end - tensor.begin for _, _, tensor in found)
         self._done = 0
         self._files: dict[Path, mmap.mmap] = {}
+        # In the order of use, which is that of packing.
+        self._ahead = ReadAhead([(file.path, tensor.begin, tensor.end) for _, file, tensor in found])
 
     def network(self, spec: ModelSpec, precision: Precision) -> _C.Network:
         """Raises CheckpointError for a number that is not finite."""
         with ExitStack() as stack:
-            paths = list(dict.fromkeys(path for path, _ in self._found.values()))
-            stack.enter_context(reading_ahead(paths))
-            for path in paths:
+            stack.enter_context(self._ahead)
+            for path in {path for path, _ in self._found.values()}:
                 try:
                     with path.open("rb") as stream:
                         mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
@@ -199,15 +198,17 @@ class Loader:
                 else:
                     result = self._weights.table(sources[0])
             except ValueError as error:
-                faults = [_fault(data, dtype) for data, dtype, *_ in sources]
-                at = next((i for i, fault in enumerate(faults) if fault), 0)
-                why = f"holds {faults[at]}" if faults[at] else str(error)
-                raise CheckpointError(f"{places[at][0]}: tensor {weights[at].name} {why}") from None
+                for check in (_not_finite, _beyond_bf16):
+                    for (path, _), weight, (data, dtype, *_) in zip(places, weights, sources, strict=True):
+                        if fault := check(data, dtype):
+                            raise CheckpointError(f"{path}: tensor {weight.name} holds {fault}") from None
+                raise CheckpointError(f"{places[0][0]}: tensor {weights[0].name} {error}") from None
             finally:
                 sources.clear()
         for path, tensor in places:
             self._release(path, tensor)
             self._done += tensor.end - tensor.begin
+            self._ahead.use(tensor.end - tensor.begin)
         self._progress(self._done, self._total)
         return result
 
@@ -218,44 +219,21 @@ class Loader:
             self._files[path].madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
 
-@contextmanager
-def reading_ahead(paths: Sequence[Path]) -> Iterator[None]:
-    """Have the system read the files while the body packs what is there: page faults alone would read piece by piece,
-    and compute nothing meanwhile."""
-    enough = threading.Event()
-
-    def read() -> None:
-        for path in paths:
-            try:
-                descriptor = os.open(path, os.O_RDONLY)
-            except OSError:
-                return  # whoever maps it will say so
-            try:
-                for begin in range(0, os.fstat(descriptor).st_size, READ_AHEAD):
-                    if enough.is_set():
-                        return
-                    os.posix_fadvise(descriptor, begin, READ_AHEAD, os.POSIX_FADV_WILLNEED)
-            finally:
-                os.close(descriptor)
-
-    thread = threading.Thread(target=read, name="read-ahead", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        enough.set()
-        thread.join()
-
-
-def _fault(data: memoryview, dtype: str) -> str:
-    """Why the numbers cannot be packed; empty if they can."""
+def _not_finite(data: memoryview, dtype: str) -> str:
+    """What the numbers hold that no precision takes; empty: nothing."""
     if dtype == "BF16":
-        return "NaN or infinity" if ((np.frombuffer(data, "<u2") & 0x7F80) == 0x7F80).any() else ""
-    numbers = np.frombuffer(data, STORED[dtype])
-    if not np.isfinite(numbers).all():
-        return "NaN or infinity"
-    largest = float(np.abs(numbers).max(initial=0))
-    return f"{largest:g}, which bfloat16 cannot: set --quantization int8" if largest >= BF16_INFINITY else ""
+        finite = not ((np.frombuffer(data, "<u2") & 0x7F80) == 0x7F80).any()
+    else:
+        finite = bool(np.isfinite(np.frombuffer(data, STORED[dtype])).all())
+    return "" if finite else "NaN or infinity"
+
+
+def _beyond_bf16(data: memoryview, dtype: str) -> str:
+    """What the numbers, which are finite, hold that bfloat16 does not take; empty: nothing."""
+    if dtype != "F32":
+        return ""
+    largest = float(np.abs(np.frombuffer(data, STORED[dtype])).max(initial=0))
+    return f"{largest:g}, which bfloat16 cannot: rescale it, or quantize it" if largest >= BF16_INFINITY else ""
 
 
 def _rows_columns(shape: Shape) -> tuple[int, int]:
