@@ -21,7 +21,7 @@ def pack(weight: Array, width: Width, group: int = 0) -> PackedWeights:
     """Weights [n, k] of float32, float16 or uint16 (the bits of bfloat16), in the layout the kernels read.
 
     k is at most 65,536. `group`: of k, for int4, 32 or 128; else 0. ValueError: another shape or dtype, a number that
-    is NaN, infinite, or too large for bf16. `unpack()` of the result gives float32 [n, k] as the kernels meet it.
+    is NaN, infinite, or too large for bf16. `unpack()` of the result gives float32 [n, k] less what packing lost.
     """
     return PackedWeights(weight, width, group)
 

@@ -3,6 +3,7 @@
 
 #include <pybind11/stl.h>
 
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
@@ -92,6 +93,22 @@ class PackedWeights {
     py::array_t<float> out({matrix_.n, matrix_.k});
     const Isa isa = current_isa();
     for (std::int32_t n = 0; n < matrix_.n; ++n) unpack_channel(matrix_, n, out.mutable_data(n, 0), isa);
+    return out;
+  }
+
+  py::array_t<float> scales() const {
+    const std::int32_t groups = activation_groups(matrix_.width, matrix_.k, matrix_.group);
+    py::array_t<float> out({matrix_.n, groups});
+    for (std::int32_t n = 0; n < matrix_.n; ++n) {
+      for (std::int32_t g = 0; g < groups; ++g) {
+        const auto at = static_cast<std::size_t>((n / kColumns * groups + g) * kColumns + n % kColumns);
+        const auto half = [&] {
+          return static_cast<std::uint32_t>(static_cast<const std::uint16_t*>(matrix_.scales)[at]);
+        };
+        out.mutable_at(n, g) = matrix_.width == Width::int8 ? static_cast<const float*>(matrix_.scales)[at]
+                                                            : std::bit_cast<float>(half() << 16);
+      }
+    }
     return out;
   }
 
@@ -192,7 +209,8 @@ void multiply(const py::array& x, const PackedWeights& packed, const std::option
 void bind_matmul(py::module_& module) {
   py::class_<PackedWeights>(module, "PackedWeights", "See millrace.kernels.matmul.pack.")
       .def(py::init(&pack), py::arg("weight"), py::arg("width"), py::arg("group"))
-      .def("unpack", &PackedWeights::unpack, "The weights as they are met: float32 [n, k].")
+      .def("unpack", &PackedWeights::unpack, "The weights as the checkpoint would hold them: float32 [n, k].")
+      .def_property_readonly("scales", &PackedWeights::scales, "float32 [n, groups]; int8 has one group, bf16 none.")
       .def_property_readonly("shape", [](const PackedWeights& self) { return std::pair(self.get().n, self.get().k); })
       .def_property_readonly("blocks", [](const PackedWeights& self) { return blocks(self.get()); });
   module.def("matmul", &multiply, py::kw_only(), py::arg("x"), py::arg("weights"), py::arg("bias"), py::arg("epilogue"),

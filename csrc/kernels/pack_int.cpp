@@ -2,6 +2,7 @@
 #include <memory>
 #include <stdexcept>
 
+#include "hadamard.h"
 #include "matmul_pack.h"
 #include "quantization.h"
 
@@ -22,11 +23,21 @@ std::uint8_t byte_at(const PackedMatrix& matrix, std::size_t line, std::int32_t 
   return static_cast<std::uint8_t>(matrix.data[line * 64 + static_cast<std::size_t>(channel % 16 * 4 + k % 4)]);
 }
 
+// From numbers as products meet them to those of the checkpoint.
+void transform_back(float* x, std::int32_t k) {
+  for (; k >= kHadamard; k -= kHadamard, x += kHadamard) {
+    float values[kHadamard];
+    for (std::int32_t i = 0; i < kHadamard; ++i) values[i] = 0.125F * x[i];
+    hadamard(values);
+    for (std::int32_t i = 0; i < kHadamard; ++i) x[i] = negated(i) ? -values[i] : values[i];
+  }
+}
+
 }  // namespace
 
 std::size_t quantization_scratch(const PackedMatrix& matrix) {
   constexpr std::size_t kMostLanes = 16;
-  const std::int32_t count = matrix.width == Width::int8 ? padded_k(matrix) : matrix.group;
+  const std::int32_t count = matrix.width == Width::int8 ? padded_k(matrix) : kMostInputs;
   return static_cast<std::size_t>(count) * kMostLanes;
 }
 
@@ -46,6 +57,7 @@ void unpack_int8(const PackedMatrix& matrix, std::int32_t channel, float* out, I
     const std::int32_t line = k / 64 * 32 + channel % kColumns / 16 * 16 + k % 64 / 4;
     out[k] = scale * static_cast<float>(byte_at(matrix, first + static_cast<std::size_t>(line), channel, k) - 128);
   }
+  transform_back(out, matrix.k);
 }
 
 void unpack_int4(const PackedMatrix& matrix, std::int32_t channel, float* out, Isa) {
@@ -61,6 +73,7 @@ void unpack_int4(const PackedMatrix& matrix, std::int32_t channel, float* out, I
     const int code = channel % kColumns < 16 ? both & 15 : both >> 4;
     out[k] = std::bit_cast<float>(half << 16) * static_cast<float>(code - matrix.zeros[group]);
   }
+  transform_back(out, matrix.k);
 }
 
 }  // namespace millrace

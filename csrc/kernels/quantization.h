@@ -2,10 +2,13 @@
 // the definition.
 //
 // A channel (int8) or a group of it (int4) is w = s * d, d whole numbers: [-127, 127], or [0, 15] less a zero point in
-// [0, 15]. Round-to-nearest takes s from the extremes. Here a grid of clipped ranges is tried: for each the codes, for
-// these codes the best s in closed form (least squares); the best of all is refined the same way, with the neighbouring
-// zero points. The method is that of make_qkx2_quants of llama.cpp (ggml-quants.c), for whole zero points. Errors are
-// those with the scale as it is stored (bf16 for int4), so the result is never worse than round-to-nearest.
+// [0, 15]. Round-to-nearest takes s from the extremes. Here, for int4, a grid of clipped ranges is tried: for each the
+// codes, for these codes the best s in closed form (least squares); the best of all is refined the same way, with the
+// neighbouring zero points. int8 has steps too fine for clipping to pay, and is refined only. The method is that of
+// make_qkx2_quants of llama.cpp (ggml-quants.c), for whole zero points. Errors are those with the scale as it is stored
+// (bf16 for int4), so the result is never worse than round-to-nearest.
+//
+// It is the transformed weights that are quantised: hadamard.h.
 //
 // A vector lane is an output channel: every instruction set computes the same.
 #pragma once
@@ -21,6 +24,8 @@ struct Channels {
   const void* const* data;  // kColumns of them; null: not there
   Stored stored;
 };
+
+inline constexpr std::int32_t kMostInputs = 128;  // of int4, gathered at once: whole groups, of 32 or 128
 
 std::size_t quantization_scratch(const PackedMatrix& matrix);  // in floats
 

@@ -25,12 +25,23 @@ inline std::int32_t sum(I32 x) {
 inline I32 load_bytes(const std::uint8_t* p) {  // 8 of them
   return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))};
 }
+inline I32 load_bytes(const std::int8_t* p) {
+  return {_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))};
+}
 inline void store_bytes(std::int8_t* p, I32 x) {  // in [-128, 127]
   const __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128(x.v), _mm256_extracti128_si256(x.v, 1));
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(halves, halves));
 }
 // a * b where a is in [0, 32767] and b in [-32768, 32767].
 inline I32 multiply_halves(I32 a, I32 b) { return {_mm256_madd_epi16(a.v, b.v)}; }
+
+// Lanes i and i ^ kDistance change places.
+template <std::int32_t kDistance>
+inline F32 exchange(F32 x) {
+  if constexpr (kDistance == 1) return {_mm256_permute_ps(x.v, 0xb1)};
+  if constexpr (kDistance == 2) return {_mm256_permute_ps(x.v, 0x4e)};
+  if constexpr (kDistance == 4) return {_mm256_permute2f128_ps(x.v, x.v, 0x01)};
+}
 
 // Rows become columns.
 inline void transpose(F32 (&x)[kLanes]) {

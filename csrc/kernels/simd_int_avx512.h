@@ -21,11 +21,23 @@ inline std::int32_t sum(I32 x) { return _mm512_reduce_add_epi32(x.v); }
 inline I32 load_bytes(const std::uint8_t* p) {  // 16 of them
   return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
+inline I32 load_bytes(const std::int8_t* p) {
+  return {_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
 inline void store_bytes(std::int8_t* p, I32 x) {  // in [-128, 127]
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x.v));
 }
 // a * b where a is in [0, 32767] and b in [-32768, 32767].
 inline I32 multiply_halves(I32 a, I32 b) { return {_mm512_madd_epi16(a.v, b.v)}; }
+
+// Lanes i and i ^ kDistance change places.
+template <std::int32_t kDistance>
+inline F32 exchange(F32 x) {
+  if constexpr (kDistance == 1) return {_mm512_permute_ps(x.v, 0xb1)};
+  if constexpr (kDistance == 2) return {_mm512_permute_ps(x.v, 0x4e)};
+  if constexpr (kDistance == 4) return {_mm512_castpd_ps(_mm512_permutex_pd(_mm512_castps_pd(x.v), 0x4e))};
+  if constexpr (kDistance == 8) return {_mm512_shuffle_f32x4(x.v, x.v, 0x4e)};
+}
 
 // Rows become columns.
 inline void transpose(F32 (&x)[kLanes]) {

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from millrace.kernels.reference.hadamard import transform
 from millrace.kernels.reference.quantization import LEAST_MAGNITUDE, Quantized
 
 Float32 = NDArray[np.float32]
@@ -12,10 +13,13 @@ Array = NDArray[Any]
 
 
 def encode(x: Float32) -> tuple[NDArray[np.int32], Float32]:
-    """Rows [m, k] as whole numbers in [-127, 127] and their scales [m]: x is nearly scales * numbers.
+    """Rows [m, k] as whole numbers in [-127, 127] and their scales [m]: transform(x) is nearly scales * numbers.
 
-    A row whose magnitudes are all below 2^-118 becomes zeros with scale 0; one that holds NaN or infinity, NaN.
+    A row whose magnitudes are then all below 2^-118 becomes zeros with scale 0; one that holds NaN, infinity or what
+    overflows in transform(), NaN.
     """
+    with np.errstate(over="ignore", invalid="ignore"):
+        x = transform(x)
     finite = np.asarray(np.isfinite(x).all(axis=1))
     largest = np.where(finite, np.abs(np.where(finite[:, None], x, 0)).max(axis=1), 0).astype(np.float32)
     live = largest >= np.float32(LEAST_MAGNITUDE)

@@ -1,9 +1,10 @@
 """The definition of csrc/kernels/quantization.h: weights as integers with the least squared error.
 
 A channel (int8) or a group of it (int4) is w = s * d, d whole numbers: [-127, 127], or [0, 15] less a zero point in
-[0, 15]. Round-to-nearest takes s from the extremes. Here a grid of clipped ranges is tried; for each the codes, for
-these codes the best s in closed form (least squares), and the best of all is refined the same way, with the
-neighbouring zero points: the method of make_qkx2_quants of llama.cpp (ggml-quants.c), for whole zero points.
+[0, 15]. Round-to-nearest takes s from the extremes. Here, for int4, a grid of clipped ranges is tried; for each the
+codes, for these codes the best s in closed form (least squares), and the best of all is refined the same way, with the
+neighbouring zero points: the method of make_qkx2_quants of llama.cpp (ggml-quants.c), for whole zero points. int8 has
+steps too fine for clipping to pay, and is refined only. It is the transformed weights that are quantised: hadamard.py.
 """
 
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from millrace.kernels.reference.hadamard import transform, transform_back
 
 Float32 = NDArray[np.float32]
 Array = NDArray[Any]
@@ -20,7 +23,7 @@ LEAST_MAGNITUDE = 2.0**-118  # below it a number counts as zero
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
-    """values[n, g * group + i] = scales[n, g] * codes[n, g * group + i]: int8 has one group."""
+    """transformed weights[n, g * group + i] = scales[n, g] * codes[n, g * group + i]: int8 has one group."""
 
     codes: NDArray[np.int32]  # [n, k] less the zero point
     scales: Float32  # [n, groups]
@@ -28,8 +31,9 @@ class Quantized:
     group: int
 
     def values(self) -> Float32:
+        """Weights [n, k] as the checkpoint would hold them."""
         scales = np.repeat(self.scales, self.group, axis=1)[:, : self.codes.shape[1]]
-        return scales * self.codes.astype(np.float32)
+        return transform_back(scales * self.codes.astype(np.float32))
 
 
 def round_to_bf16(x: Array) -> Float32:
@@ -44,7 +48,7 @@ def quantize(weight: Float32, group: int = 0, search: bool = True) -> Quantized:
     size = group or k
     groups = -(-k // size)
     padded = np.zeros((n, groups * size))
-    padded[:, :k] = weight
+    padded[:, :k] = transform(weight)
     rows = padded.reshape(n * groups, size)
     largest = np.abs(rows).max(axis=1)
     live = largest >= LEAST_MAGNITUDE
@@ -52,7 +56,7 @@ def quantize(weight: Float32, group: int = 0, search: bool = True) -> Quantized:
     best = Search(rows, largest * live, int4=group > 0)
     best.step, best.zero = best.candidate(1.0)
     if search:
-        for ratio in np.arange(21, 11, -1) / 20 if group else (1.0, 0.9, 0.8):
+        for ratio in np.arange(21, 13, -1) / 20 if group else ():
             best.try_codes(*best.candidate(ratio))
         for _ in range(2):
             step, zero = best.step, best.zero

@@ -30,7 +30,8 @@ def exact_weights(rng: np.random.Generator, n: int, k: int, width: Width, group:
     groups = -(-k // size)
     most = 15 if group else 127
     zeros = rng.integers(0, 16, (n, groups)) if group else np.zeros((n, groups), np.int64)
-    scales = np.ldexp(rng.integers(128, 256, (n, groups)), rng.integers(-16, -10, (n, groups))).astype(np.float32)
+    exponents = rng.integers(-16, -10, (n, 1)) + rng.integers(0, 2, (n, groups))  # alike: sums of 64 are exact
+    scales = np.ldexp(rng.integers(128, 256, (n, groups)), exponents).astype(np.float32)
     point = np.repeat(zeros, size, axis=1)[:, :k]
     codes = rng.integers(0 if group else -127, most + 1, (n, k)) - point
     for first in range(0, k, size):  # a lone number stands for the upper end
@@ -49,10 +50,10 @@ def packed_pair(rng: np.random.Generator, n: int, k: int, width: Width, group: i
     if width == "int4":
         assert np.array_equal(packed.unpack(), weights.values())
         return packed, weights
-    # The scale of int8 may be a little off: least squares. Column 1 holds codes of 1.
-    scales = packed.unpack()[:, 1:2] if k > 1 else packed.unpack() / np.float32(127)
-    stored = Quantized(weights.codes, scales, weights.zeros, weights.group)
-    assert np.allclose(packed.unpack(), weights.values(), rtol=1e-6, atol=0)
+    # The scale of int8 may be a little off: least squares.
+    assert np.allclose(packed.scales, weights.scales, rtol=1e-6, atol=0)
+    stored = Quantized(weights.codes, packed.scales, weights.zeros, weights.group)
+    assert np.array_equal(packed.unpack(), stored.values())
     return packed, stored
 
 

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from millrace.kernels import _C
 from millrace.kernels.matmul import Width, pack
+from millrace.kernels.reference.hadamard import SIGNS, transform, transform_back
 from millrace.kernels.reference.quantization import quantize
 
 Array = NDArray[Any]
@@ -31,8 +32,9 @@ def draw(kind: str, n: int, k: int) -> NDArray[np.float32]:
 
 
 def errors(values: Array, weight: Array, size: int) -> Array:
-    """Squared error of each group, over its energy."""
+    """Squared error of each group as products meet it, over its energy."""
     n, k = weight.shape
+    values, weight = transform(values), transform(weight)
     padding = ((0, 0), (0, -k % size))
     squares = np.pad((values.astype(np.float64) - weight) ** 2, padding).reshape(n, -1, size).sum(axis=2)
     return np.asarray(squares / np.pad(weight.astype(np.float64) ** 2, padding).reshape(n, -1, size).sum(axis=2))
@@ -69,14 +71,37 @@ def test_groups_without_spread(isa: str, width: Width, group: int) -> None:
     weight[4] = -1e30
     weight[5] = 3e38
     weight[6] = 1e-42
-    weight[7] = np.linspace(-3e38, 3e38, 160)
+    weight[7] = np.linspace(-1e38, 1e38, 160)
     weight[8] = np.linspace(-1e-30, 1e-30, 160)
     values = pack(weight, width, group).unpack()
     assert np.isfinite(values).all()
     assert (values[[2, 6]] == 0).all()
     assert np.allclose(values[[0, 1, 3, 4, 5]], weight[[0, 1, 3, 4, 5]], rtol=2**-8, atol=0)
-    steps = np.array([[6e38], [2e-30]]) / (15 if group else 254)
-    assert (np.abs(values[7:].astype(np.float64) - weight[7:]) <= 1.5 * steps).all()
+    met, given = transform(values[7:]).astype(np.float64), transform(weight[7:])
+    steps = 2 * np.abs(given).max(axis=1, keepdims=True) / (15 if group else 254)
+    assert (np.abs(met - given) <= 1.5 * steps).all()
+
+
+@kinds
+def test_a_few_large_inputs_cost_the_others_little(isa: str, width: Width, group: int) -> None:
+    """What the transform is for: by itself, the largest number of a channel or group sets the step of all."""
+    weight = draw("normal", 32, 256)
+    weight[:, ::64] *= 60
+    lost = pack(weight, width, group).unpack() - weight
+    step = np.abs(weight).max(axis=1, keepdims=True) * 2 / (15 if group else 254)
+    assert (lost**2).mean() < (step**2 / 12).mean() / 8
+
+
+def test_transform_is_orthogonal_and_leaves_the_rest() -> None:
+    x = draw("normal", 5, 150)
+    met = transform(x)
+    assert np.array_equal(met[:, 128:], x[:, 128:])
+    assert np.allclose(transform_back(met), x, atol=1e-5)
+    sylvester = np.array([[1.0]])
+    for _ in range(6):
+        sylvester = np.block([[sylvester, sylvester], [sylvester, -sylvester]])
+    assert np.allclose(met[:, 64:128], x[:, 64:128] * SIGNS @ sylvester / 8, atol=1e-5)
+    assert np.allclose(np.abs(transform(np.ones((1, 64)))), 1)
 
 
 @kinds

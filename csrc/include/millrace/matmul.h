@@ -5,7 +5,8 @@
 //   int8  x and w as integers, exact int32 sums;    out = sx[m] * (sw[n] * float(sum_k x * (w - 128)))
 //   int4  the same for each group of k:             out = sx[m] * fma over g of (sw[g, n] * float(dot_g - z[g, n] *
 //   sum_g x))
-// so a result does not depend on the other rows, on how rows and blocks are divided, nor (integers) on the set.
+// where x and w of integer widths are transformed before they are rounded (csrc/kernels/hadamard.h).
+// So a result does not depend on the other rows, on how rows and blocks are divided, nor (integers) on the set.
 //
 // Weights are the unsigned operand (int8 as w + 128, int4 as 0..15), activations the signed one in [-127, 127].
 #pragma once
@@ -75,8 +76,9 @@ struct Activations {
 std::size_t activation_row_bytes(Width width, std::int32_t k);
 std::int32_t activation_groups(Width width, std::int32_t k, std::int32_t group);  // of the padded k; bf16 has none
 
-// Rounds (bf16) or quantises (integers: scale = max |x| / 127, round to nearest even) one row of k. Integers: a row of
-// magnitudes below 2^-118 becomes zeros with scale 0; one that holds NaN or infinity zeros with scale NaN.
+// Rounds (bf16) or transforms and quantises (integers: scale = max |x| / 127, round to nearest even) one row of k.
+// Integers: a row of magnitudes below 2^-118 becomes zeros with scale 0; one that holds NaN or infinity, or overflows
+// when transformed, zeros with scale NaN.
 void encode_row(const Activations& to, std::int32_t row, const float* x, Isa isa);
 void encode_row_bf16(const Activations& to, std::int32_t row, const std::uint16_t* x, Isa isa);
 
