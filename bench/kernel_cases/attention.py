@@ -3,7 +3,9 @@
 Decodes are bound by reading keys and values (`bytes`), prefills by multiplying (`operations`, of what is seen only).
 """
 
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -27,10 +29,13 @@ class Shape(NamedTuple):
     kv_heads: int
     dim: int
     causal: bool = True
+    threads: int = 1  # rows are divided among them
 
 
+THREADS = len(os.sched_getaffinity(0))
 SHAPES = (
     Shape("decode 8 x 4096", 8, 1, 4096, 32, 8, 64),
+    Shape(f"decode 8 x 4096, {THREADS} threads", 8, 1, 4096, 32, 8, 64, threads=THREADS),
     Shape("decode 256 x 100", 256, 1, 100, 32, 8, 64),
     Shape("prefill 2048", 1, 2048, 2048, 32, 8, 64),
     Shape("prefill 1024, 128", 1, 1024, 1024, 32, 8, 128),
@@ -58,18 +63,27 @@ def case(shape: Shape, dtype: DType) -> Case:
         slots = table[positions // BLOCK_TOKENS].astype(np.int64) * BLOCK_TOKENS + positions % BLOCK_TOKENS
         write(cache, slots, keys, values)
     q = rng.standard_normal((shape.rows * shape.tokens, shape.heads * shape.dim)).astype(np.float32)
-    ours = partial(
-        attend,
-        q,
-        cache,
-        heads=shape.heads,
-        offsets=np.arange(shape.rows + 1, dtype=np.int32) * np.int32(shape.tokens),
-        context_lens=np.full(shape.rows, shape.context, np.int32),
-        block_tables=tables,
-        scale=shape.dim**-0.5,
-        causal=shape.causal,
-        out=np.empty_like(q),
-    )
+    out = np.empty_like(q)
+
+    def attend_rows(first: int, last: int) -> None:
+        tokens = slice(first * shape.tokens, last * shape.tokens)
+        attend(
+            q[tokens],
+            cache,
+            heads=shape.heads,
+            offsets=np.arange(last - first + 1, dtype=np.int32) * np.int32(shape.tokens),
+            context_lens=np.full(last - first, shape.context, np.int32),
+            block_tables=tables[first:last],
+            scale=shape.dim**-0.5,
+            causal=shape.causal,
+            out=out[tokens],
+        )
+
+    ours: Run = partial(attend_rows, 0, shape.rows)
+    if shape.threads > 1:
+        pool = ThreadPoolExecutor(shape.threads)
+        ends = np.linspace(0, shape.rows, shape.threads + 1).astype(int).tolist()
+        ours = lambda: list(pool.map(attend_rows, ends, ends[1:]))  # noqa: E731
     seen = shape.tokens * shape.context - (shape.tokens * (shape.tokens - 1) // 2 if shape.causal else 0)
     return Case(
         kernel="attention",
@@ -78,6 +92,7 @@ def case(shape: Shape, dtype: DType) -> Case:
         peer=[peer(shape, q, keys, values)],
         bytes=cache.keys.nbytes + cache.values.nbytes + cache.scales.nbytes,
         operations=4 * shape.rows * shape.heads * shape.dim * seen,
+        threads=shape.threads,
     )
 
 

@@ -16,3 +16,4 @@ class Case(NamedTuple):
     bytes: float  # that must be read
     operations: float  # a multiplication and its addition being two; 0: none to speak of
     arithmetics: tuple[str, ...] = ("bf16", "fp32")  # loops of the roof that do such operations
+    threads: int = 1  # which `ours` takes by itself

@@ -7,7 +7,7 @@ import pytest
 
 from millrace.bench.kernel_cases import attention, rows, sampling
 from millrace.bench.kernel_cases.case import Case
-from millrace.bench.kernels import fastest, line
+from millrace.bench.kernels import OUT_OF_CACHE, fastest, line, measure
 from millrace.bench.roof import Rate, Roof
 
 ROOF = Roof(
@@ -21,7 +21,9 @@ ROOF = Roof(
 @pytest.mark.parametrize("module", [attention, rows, sampling], ids=lambda module: module.__name__.rpartition(".")[2])
 def test_cases_run_here_and_with_the_peer(module: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     if module is attention:
-        monkeypatch.setattr(attention, "SHAPES", [attention.Shape("tiny", 2, 3, 5, 4, 2, 64)])
+        monkeypatch.setattr(
+            attention, "SHAPES", [attention.Shape("tiny", 2, 3, 5, 4, 2, 64, threads=n) for n in (1, 2)]
+        )
     if module is sampling:
         monkeypatch.setattr(sampling, "VOCABS", (8192,))
     found = list(module.cases())
@@ -41,8 +43,23 @@ def test_cases_run_here_and_with_the_peer(module: SimpleNamespace, monkeypatch: 
     ],
 )
 def test_the_line_names_the_roof_that_binds(read, computed, isas, share, bound) -> None:
-    text = line(Case("k", "c", [], [], read, computed), 1.0, 3.0, ROOF, isas).split()
+    text = line(Case("k", "c", [], [], read, computed), 1.0, 3.0, ROOF, 10e9, isas).split()
     assert text[2:5] == ["3.00", share, bound]
+
+
+def test_the_roof_is_that_of_as_many_threads() -> None:
+    case = Case("k", "c", [], [], 1e9, 100e9, threads=2)
+    assert line(case, 1.0, 3.0, ROOF, 10e9, ["avx2"]).split()[3] == "50%"
+    case = case._replace(bytes=OUT_OF_CACHE - 1, ours=[lambda: None])
+    assert measure(case, ROOF, 0.0)[1] == 15e9
+    assert measure(case._replace(threads=1), ROOF, 0.0)[1] == 10e9
+
+
+def test_memory_is_measured_beside_what_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = iter([1.0, 4.0, 3.0, 2.0])
+    monkeypatch.setattr("millrace.bench.kernels._C", SimpleNamespace(roof_read=lambda **_: next(rates)))
+    case = Case("k", "c", [lambda: None], [], OUT_OF_CACHE, 0)
+    assert measure(case, ROOF, 0.0)[1] == 4.0
 
 
 def test_the_fastest_of_runs_in_turn() -> None:
