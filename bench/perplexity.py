@@ -30,10 +30,26 @@ Cut = Sequence[NDArray[np.int32]]  # windows of token ids
 @dataclass(frozen=True, slots=True)
 class Quality:
     width: str
-    perplexity: float
+    losses: NDArray[np.float64]  # negative log likelihood of each window, nats
+    predicted: int  # tokens of all windows
     divergence: float | None = None  # mean KL from float32, nats; None: the engine does not tell
     agreement: float | None = None  # share of positions with the same most likely token
     engine: str = OURS
+
+    @property
+    def perplexity(self) -> float:
+        return float(np.exp(self.losses.sum() / self.predicted))
+
+    def over(self, other: "Quality") -> tuple[float, float]:
+        """The ratio of this perplexity to that of the same windows, and its standard error: NaN for one window.
+
+        Texts differ much more than engines do on one text, so it is the differences that are summed.
+        """
+        differences = self.losses - other.losses
+        ratio = float(np.exp(differences.sum() / self.predicted))
+        if len(differences) < 2:
+            return ratio, float("nan")
+        return ratio, ratio * float(differences.std(ddof=1)) * len(differences) ** 0.5 / self.predicted
 
 
 def windows(tokens: Sequence[int], length: int, most: int) -> list[NDArray[np.int32]]:
@@ -48,18 +64,19 @@ class Sums:
     """What one width has come to so far."""
 
     def __init__(self) -> None:
-        self.count, self.loss, self.divergence, self.agreed = 0, 0.0, 0.0, 0
+        self.count, self.divergence, self.agreed = 0, 0.0, 0
+        self.losses: list[float] = []
 
     def add(self, window: NDArray[np.int32], found: Logits, wanted: Logits) -> None:
         ours, theirs = log_softmax(found[:-1]), log_softmax(wanted[:-1])
         self.count += len(ours)
-        self.loss += loss(ours, window)
+        self.losses.append(loss(ours, window))
         self.divergence += float((np.exp(theirs) * (theirs - ours)).sum())
         self.agreed += int((ours.argmax(1) == theirs.argmax(1)).sum())
 
     def quality(self, width: str) -> Quality:
         count = self.count
-        return Quality(width, float(np.exp(self.loss / count)), self.divergence / count, self.agreed / count)
+        return Quality(width, np.array(self.losses), count, self.divergence / count, self.agreed / count)
 
 
 def measure(model: str, cut: Cut, widths: Sequence[str]) -> Iterator[Quality]:
@@ -103,4 +120,4 @@ def measure_peer(peer: Peer, width: str, checkpoint: Path, cut: Cut, work: Path)
     threads = len(os.sched_getaffinity(0))
     losses = peer.losses(model, called, threads, [window.tolist() for window in cut], work)
     predicted = sum(len(window) - 1 for window in cut)
-    return Quality(width, float(np.exp(sum(losses) / predicted)), engine=peer.name)
+    return Quality(width, np.array(losses), predicted, engine=peer.name)

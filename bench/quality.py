@@ -1,8 +1,9 @@
 """What a narrower width costs in quality: `python -m millrace.bench.quality [--model DIR] [--text FILE]`.
 
 The text is cut into windows; after every token but the last of a window the model predicts the next one. For each
-width: perplexity and its ratio to float32's (the reference executor, which needs PyTorch), the mean divergence
-KL(float32 || width) in nats, and how often both find the same token most likely. Beside ours stands the perplexity of
+width: perplexity, its ratio to float32's (the reference executor, which needs PyTorch) with the standard error that
+another text of that length may be expected to move it by, the mean divergence KL(float32 || width) in nats, and how
+often both find the same token most likely. Beside ours stands the perplexity of
 each peer that is installed, of the same checkpoint on the same windows. At int4 an engine is compared with ours of as
 many inputs to a scale: it stands in the rows of that group.
 """
@@ -29,27 +30,28 @@ def compare(options: argparse.Namespace, checkpoint: Path, cut: Cut, peers: Sequ
     """The lines of the table, then for each width ours beside the best peer, then what could not be measured."""
     rows: list[Quality] = []
     broken: list[str] = []
-    yield f"{'width':14}{'engine':12}{'perplexity':>10}{'ratio':>10}{'KL':>12}{'top-1':>9}"
+    yield f"{'width':14}{'engine':12}{'perplexity':>10}{'ratio':>10}{'error':>9}{'KL':>12}{'top-1':>9}"
     for ours in measure(options.model, cut, options.widths):
         rows.append(ours)
-        yield row(ours, rows[0].perplexity)
+        yield row(ours, rows[0])
         for peer in (PEERS[name] for name in peers if peer_width(PEERS[name], ours.width)):
             try:
                 rows.append(measure_peer(peer, ours.width, checkpoint, cut, options.work_dir))
             except PeerError as error:
                 broken.append(f"not measured: {peer.name} {ours.width}: {error}")
             else:
-                yield row(rows[-1], rows[0].perplexity)
+                yield row(rows[-1], rows[0])
     yield from best_peers(rows)
     yield from broken
 
 
-def row(found: Quality, base: float) -> str:
-    """`base`: float32's perplexity."""
+def row(found: Quality, exact: Quality) -> str:
+    """`exact`: float32's."""
     divergence = "-" if found.divergence is None else f"{found.divergence:.2e}"
     agreement = "-" if found.agreement is None else f"{found.agreement:.3f}"
-    ratio = found.perplexity / base
-    return f"{found.width:14}{found.engine:12}{found.perplexity:10.3f}{ratio:10.4f}{divergence:>12}{agreement:>9}"
+    ratio, error = found.over(exact)
+    of_exact = f"{ratio:10.4f}{error:9.4f}"
+    return f"{found.width:14}{found.engine:12}{found.perplexity:10.3f}{of_exact}{divergence:>12}{agreement:>9}"
 
 
 def best_peers(rows: Sequence[Quality]) -> Iterator[str]:
@@ -58,8 +60,8 @@ def best_peers(rows: Sequence[Quality]) -> Iterator[str]:
         peers = [row for row in rows if row.width == ours.width and row.engine != OURS]
         if peers:
             best = min(peers, key=lambda row: row.perplexity)
-            ratio = ours.perplexity / best.perplexity
-            yield f"{ours.width}: our perplexity is {ratio:.4f} of the best peer's ({best.engine})"
+            ratio, error = ours.over(best)
+            yield f"{ours.width}: our perplexity is {ratio:.4f} of the best peer's ({best.engine}), error {error:.4f}"
 
 
 def shop() -> str:

@@ -59,6 +59,20 @@ def test_sums_against_plain_formulas() -> None:
     assert came.agreement == pytest.approx((p.argmax(1) == q.argmax(1)).mean())
 
 
+def test_a_ratio_has_the_error_of_its_differences() -> None:
+    """Against what many draws of as many windows come to; what windows share does not count."""
+    rng = np.random.default_rng(0)
+    texts = rng.normal(900, 100, (4000, 50))
+    ratios, errors = [], []
+    for text, more in zip(texts, rng.normal(1, 2, (4000, 50)), strict=True):
+        ratio, error = Quality("a", text + more, 10_000).over(Quality("b", text, 10_000))
+        ratios.append(ratio)
+        errors.append(error)
+    assert np.mean(ratios) == pytest.approx(np.exp(50 / 10_000), rel=1e-4)
+    assert np.mean(errors) == pytest.approx(np.std(ratios), rel=0.05)
+    assert np.isnan(Quality("a", texts[0, :1], 9).over(Quality("b", texts[1, :1], 9))[1])
+
+
 def test_windows() -> None:
     assert [window.tolist() for window in windows([1, 2, 3, 4, 5], 2, 9)] == [[1, 2], [3, 4]]
     assert [window.tolist() for window in windows([1, 2, 3, 4, 5], 3, 1)] == [[1, 2, 3]]
@@ -83,7 +97,12 @@ class FakePeer:
         return [float(np.log(self.tokens)) * (len(window) - 1) for window in windows]
 
 
-CUT = [np.arange(9, dtype=np.int32), np.arange(2, dtype=np.int32)]
+CUT = [np.arange(9, dtype=np.int32), np.arange(9, dtype=np.int32)]
+
+
+def even(width: str, perplexity: float, divergence: float, agreement: float) -> Quality:
+    losses = np.array([np.log(perplexity) * (len(window) - 1) for window in CUT])
+    return Quality(width, losses, sum(len(window) - 1 for window in CUT), divergence, agreement)
 
 
 def test_a_peer_whose_tokens_are_equally_likely(tmp_path: Path) -> None:
@@ -106,26 +125,26 @@ def test_peers_are_compared_at_their_width_and_group() -> None:
 def test_the_table_sets_ours_beside_the_best_peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fakes = {"a": FakePeer("a", 50.0), "b": FakePeer("b", 40.0, 32), "c": FakePeer("c", "no room", 32)}
     monkeypatch.setattr(quality, "PEERS", fakes)
-    ours = [Quality("float32", 40.0, 0.0, 1.0), Quality("bf16", 44.0, 1e-5, 0.9), Quality("bf16-kv-int8", 45.0, 0, 1)]
-    ours += [Quality("int4-g128", 60.0, 1e-2, 0.5), Quality("int4-g32", 30.0, 1e-2, 0.5)]
+    ours = [even("float32", 40.0, 0.0, 1.0), even("bf16", 44.0, 1e-5, 0.9), even("bf16-kv-int8", 45.0, 0, 1)]
+    ours += [even("int4-g128", 60.0, 1e-2, 0.5), even("int4-g32", 30.0, 1e-2, 0.5)]
     monkeypatch.setattr(quality, "measure", lambda model, cut, widths: iter(ours))
     options = Namespace(model="builtin", widths=["any"], work_dir=tmp_path)
     lines = [line.split() for line in quality.compare(options, BUILTIN, CUT, list(fakes))]
-    assert lines[0] == ["width", "engine", "perplexity", "ratio", "KL", "top-1"]
+    assert lines[0] == ["width", "engine", "perplexity", "ratio", "error", "KL", "top-1"]
     assert lines[1:9] == [
-        ["float32", "millrace", "40.000", "1.0000", "0.00e+00", "1.000"],
-        ["bf16", "millrace", "44.000", "1.1000", "1.00e-05", "0.900"],
-        ["bf16", "a", "50.000", "1.2500", "-", "-"],
-        ["bf16", "b", "40.000", "1.0000", "-", "-"],
-        ["bf16-kv-int8", "millrace", "45.000", "1.1250", "0.00e+00", "1.000"],
-        ["int4-g128", "millrace", "60.000", "1.5000", "1.00e-02", "0.500"],
-        ["int4-g128", "a", "50.000", "1.2500", "-", "-"],
-        ["int4-g32", "millrace", "30.000", "0.7500", "1.00e-02", "0.500"],
+        ["float32", "millrace", "40.000", "1.0000", "0.0000", "0.00e+00", "1.000"],
+        ["bf16", "millrace", "44.000", "1.1000", "0.0000", "1.00e-05", "0.900"],
+        ["bf16", "a", "50.000", "1.2500", "0.0000", "-", "-"],
+        ["bf16", "b", "40.000", "1.0000", "0.0000", "-", "-"],
+        ["bf16-kv-int8", "millrace", "45.000", "1.1250", "0.0000", "0.00e+00", "1.000"],
+        ["int4-g128", "millrace", "60.000", "1.5000", "0.0000", "1.00e-02", "0.500"],
+        ["int4-g128", "a", "50.000", "1.2500", "0.0000", "-", "-"],
+        ["int4-g32", "millrace", "30.000", "0.7500", "0.0000", "1.00e-02", "0.500"],
     ]
     assert [" ".join(words) for words in lines[10:]] == [
-        "bf16: our perplexity is 1.1000 of the best peer's (b)",
-        "int4-g128: our perplexity is 1.2000 of the best peer's (a)",
-        "int4-g32: our perplexity is 0.7500 of the best peer's (b)",
+        "bf16: our perplexity is 1.1000 of the best peer's (b), error 0.0000",
+        "int4-g128: our perplexity is 1.2000 of the best peer's (a), error 0.0000",
+        "int4-g32: our perplexity is 0.7500 of the best peer's (b), error 0.0000",
         "not measured: c bf16: no room",
         "not measured: c int4-g32: no room",
     ]
