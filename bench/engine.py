@@ -3,7 +3,8 @@
 On a checkpoint of random weights, or on one of yours, for each width of weights: prefill, decode at several batch
 sizes and a mixed load, all greedy; here, with every peer that is installed, and what the machine allows at most, in
 one run. How fast memory gives the weights is measured before and after each of our batches, on the very pages that
-they lie on: it changes where others share the memory, and some of it may be far from the processor. Peers are installed
+they lie on: it changes where others share the memory, and some of it may be far from the processor. For the same reason
+one request is decoded several times by every engine, and the best counts. Peers are installed
 by `python -m millrace.bench.peers`, or by naming them with --peers.
 """
 
@@ -15,7 +16,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 
 from rich.console import Console
@@ -35,7 +35,7 @@ from millrace.server.model.checkpoint import Checkpoint
 
 QUICK = Workload(
     prefill=64, batches=(1, 4), decode_prompt=16, decode_output=8, requests=4, request_prompt=32, request_output=8,
-    step_tokens=256, repeats=1,
+    step_tokens=256, repeats=1, single_repeats=1,
 )  # fmt: skip
 Prepared = Mapping[tuple[str, str], Path | PeerError]  # by peer and width
 
@@ -73,10 +73,10 @@ def compare(arguments: argparse.Namespace, progress: Console) -> Comparison:
     results: list[Result] = []
     dram: dict[str, dict[int, float]] = {}
     if arguments.reference:
-        reference = replace(measure_ours(model, "float32", threads, workload, [], seconds), engine="reference")
+        reference = replace(measure_ours(model, "float32", threads, workload, {}, seconds), engine="reference")
         results += [replace(reference, width=width) for width in arguments.widths]
     for width in arguments.widths:
-        rates: list[float] = []
+        rates = dram[width] = {}
         measures = {OURS: partial(measure_ours, model, width, threads, workload, rates, seconds)}
         for (name, of), found in prepared.items():
             if of == width:
@@ -85,7 +85,6 @@ def compare(arguments: argparse.Namespace, progress: Console) -> Comparison:
             start = time.perf_counter()
             results.append(measure())
             progress.print(f"{name} {width}: {time.perf_counter() - start:.0f} s {results[-1].error or ''}")
-        dram[width] = {batch: max(pair) for batch, pair in zip(workload.batches, pairwise(rates), strict=False)}
     isas = isas_up_to(isa)
     comparison = Comparison(
         label=label,

@@ -53,12 +53,13 @@ class EngineStepper:
 
 
 def measure_ours(
-    model: Path, width: str, threads: int, workload: Workload, rates: list[float], seconds: float
+    model: Path, width: str, threads: int, workload: Workload, rates: dict[int, float], seconds: float
 ) -> Result:
-    """`rates` takes the bytes per second at which memory gives the weights, as `beside` of `Meter.measure` has it."""
+    """`rates` takes the bytes per second at which memory gave the weights beside each batch, at best."""
     start = time.perf_counter()
     try:
         config = EngineConfig(
+            prefix_caching=False,
             model=str(model),
             embedding_model="off",
             max_model_len=workload.context,
@@ -71,9 +72,9 @@ def measure_ours(
         load_seconds = time.perf_counter() - start
         engine = Engine(loaded.executor, loaded.info, config)
 
-        def add_rate() -> None:
+        def add_rate(batch: int) -> None:
             if rate := read_rate(loaded.executor, threads, seconds):
-                rates.append(rate)
+                rates[batch] = max(rate, rates.get(batch, 0))
 
         try:
             speeds = Meter(EngineStepper(engine)).measure(workload, add_rate)

@@ -53,7 +53,14 @@ def served(config: EngineConfig, work: Workload) -> tuple[float, int]:
 def server_flags(config: EngineConfig) -> list[str]:
     """Of `millrace serve`, for the settings that were set."""
     settings = config.model_dump(exclude_unset=True)
-    return [f"--{name.replace('_', '-')}={value}" for name, value in settings.items() if value is not None]
+    names = {name: name.replace("_", "-") for name in settings}
+    flags = []
+    for name, value in settings.items():
+        if isinstance(value, bool):
+            flags.append(f"--{names[name]}" if value else f"--no-{names[name]}")
+        elif value is not None:
+            flags.append(f"--{names[name]}={value}")
+    return flags
 
 
 async def stream_all(address: str, work: Workload) -> float:
@@ -112,6 +119,7 @@ def main() -> None:
     work = Workload(requests=options.requests)
     try:
         config = EngineConfig(
+            prefix_caching=False,
             model=str(locate(options.model, options.work_dir)[0]),
             embedding_model="off",
             quantization=options.quantization,

@@ -32,7 +32,8 @@ class Workload:
     request_prompt: int = 256
     request_output: int = 64
     step_tokens: int = 2048  # that an engine may take in one step
-    repeats: int = 2  # of work with one request, of which the best counts; larger work is its own average
+    repeats: int = 2  # of the prefill, of which the best counts
+    single_repeats: int = 6  # of decoding one request, which memory bounds: it may come and go; the best counts
 
     @property
     def context(self) -> int:
@@ -52,7 +53,8 @@ class Workload:
         return max(self.prefill + 1, decode, self.requests * (self.request_prompt + self.request_output))
 
     def repeats_of(self, batch: int) -> int:
-        return self.repeats if batch == 1 else 1
+        """Of decoding; larger batches are their own average."""
+        return self.single_repeats if batch == 1 else 1
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -96,17 +98,19 @@ class Meter:
         self._stepper, self._clock = stepper, clock
         self._random, self._next = random.Random(0), 0
 
-    def measure(self, work: Workload, beside: Callable[[], object] = lambda: None) -> Speeds:
+    def measure(self, work: Workload, beside: Callable[[int], object] = lambda batch: None) -> Speeds:
         """Before each batch a short one of its size, so that nobody pays for what happens once. `beside` is called
-        before each batch and after the last."""
+        before each decoding of a batch and after the last."""
         self._run(1, work.decode_prompt, 2)
         speeds = Speeds()
         speeds.prefill = max(work.prefill / self._run(1, work.prefill, 1)[-1][0] for _ in range(work.repeats))
         for batch in work.batches:
-            beside()
             self._run(batch, work.decode_prompt, 2)
-            speeds.decode[batch] = max(self.decode(batch, work) for _ in range(work.repeats_of(batch)))
-        beside()
+            speeds.decode[batch] = 0
+            for _ in range(work.repeats_of(batch)):
+                beside(batch)
+                speeds.decode[batch] = max(speeds.decode[batch], self.decode(batch, work))
+            beside(batch)
         speeds.mixed = self.mixed(work)
         return speeds
 

@@ -76,6 +76,9 @@ class EngineConfig(Component):
         "quarter of the free memory, but at least one sequence of max-model-len)",
     )
     block_size: int | None = Field(None, ge=1, le=1024, description="tokens per KV block (default: the executor's)")
+    prefix_caching: bool = Field(
+        True, description="compute equal beginnings of one tenant's prompts once, while their KV blocks last"
+    )
     max_queued_requests: int = Field(1024, ge=1, description="sequences that wait, at most")
     max_queued_tokens: int = Field(1_048_576, ge=1, description="prompt tokens that wait, at most")
     num_threads: int | None = Field(None, ge=1, le=1024, description="compute threads (default: one per core)")

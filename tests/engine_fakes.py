@@ -167,8 +167,8 @@ def solo(request: SequenceRequest, max_model_len: int) -> tuple[list[int], Finis
 
 def make_request(sequence_id: int, prompt: Iterable[int] = (1, 2, 3), **changes: object) -> SequenceRequest:
     sampling = changes.pop("sampling", Sampling(seed=sequence_id))
-    values = {"choice": 0, "max_output_tokens": 8, **changes}
-    return SequenceRequest(sequence_id, f"request-{sequence_id}", "tenant", list(prompt), sampling, **values)
+    values = {"tenant": "tenant", "choice": 0, "max_output_tokens": 8, **changes}
+    return SequenceRequest(sequence_id, f"request-{sequence_id}", prompt_ids=list(prompt), sampling=sampling, **values)
 
 
 class Clock:

@@ -13,8 +13,9 @@ from millrace.server.types import Sampling
 class Workload:
     """Arrivals, cancels and faults of one seed; `run` returns the trace and asserts everything on the way."""
 
-    def __init__(self, seed: int, steps_in_flight: int, faults: bool = False):
-        self.random, self.faults = random.Random(seed), faults
+    def __init__(self, seed: int, steps_in_flight: int, faults: bool = False, shared: bool = False):
+        """`shared`: prompts begin alike, and tenants differ."""
+        self.random, self.faults, self.shared = random.Random(seed), faults, shared
         r = self.random
         self.max_model_len = r.randint(8, 40)
         self.block_size = r.randint(1, 5)
@@ -36,7 +37,7 @@ class Workload:
         self.tokens: dict[int, list[int]] = {}
         self.ended: set[int] = set()
         self.served: dict[int, int] = {}  # microseconds
-        self.preemptions = self.rejected = self.failed = 0
+        self.preemptions = self.rejected = self.failed = self.cached = 0
         self.trace: list[Hashable] = []
 
     def run(self, arrivals: int = 25) -> list[Hashable]:
@@ -61,9 +62,16 @@ class Workload:
         r = self.random
         length = r.randint(1, self.max_model_len - 1)
         output = r.randint(1, 20)
+        prompt = [r.randrange(VOCABULARY) for _ in range(length)]
+        tenant = "tenant"
+        if self.shared:
+            alike, step = r.randint(0, length), r.choice((1, 1, 7))
+            prompt[:alike] = [i * step % VOCABULARY for i in range(alike)]
+            tenant = r.choice("aab")
         request = make_request(
             sequence_id,
-            [r.randrange(VOCABULARY) for _ in range(length)],
+            prompt,
+            tenant=tenant,
             sampling=Sampling(seed=r.randrange(2**64), repetition_penalty=r.choice((1.0, 1.0, 1.5))),
             choice=r.randrange(3),
             max_output_tokens=output,
@@ -113,6 +121,8 @@ class Workload:
         sequence_id = finish.sequence_id
         self.ended.add(sequence_id)
         self.served[sequence_id] = self.arrived[sequence_id] + finish.queue_us
+        self.cached += finish.cached_prompt_tokens
+        assert 0 <= finish.cached_prompt_tokens < len(self.requests[sequence_id].prompt_ids)
         if finish.error is not None:
             assert self.faults
             self.failed += 1

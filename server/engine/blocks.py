@@ -1,14 +1,17 @@
-"""The pool of KV blocks: who holds which, and nothing of what is in them."""
+"""The pool of KV blocks: who holds which, and which are kept because their content may be wanted again."""
 
-from collections import Counter
-from collections.abc import Iterable
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
+
+from millrace.server.engine.prefixes import Chain, Prefixes
 
 
 class BlockPool:
-    """`total` blocks of `block_size` tokens, each free or with one owner.
+    """`total` blocks of `block_size` tokens: each is unused, owned by one or more, or evictable.
 
-    The accounting identity, free + owned = total, holds after every call. The block freed last is handed out
-    first.
+    Evictable blocks are owned by nobody but known by their content (`prefixes`); when unused ones run out, the one
+    released longest ago gives way. The accounting identity, unused + owned + evictable = total, holds after every
+    call.
     """
 
     def __init__(self, total: int, block_size: int):
@@ -16,42 +19,86 @@ class BlockPool:
             raise ValueError(f"a pool needs blocks: {total} blocks of {block_size} tokens")
         self.total = total
         self.block_size = block_size
-        self._free = list(range(total - 1, -1, -1))
-        self._owned = [False] * total
+        self.prefixes = Prefixes()
+        self._unused = list(range(total - 1, -1, -1))
+        self._evictable: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self._owners = [0] * total
 
     @property
     def free(self) -> int:
-        return len(self._free)
+        """Blocks that nobody owns."""
+        return len(self._unused) + len(self._evictable)
+
+    @property
+    def evictable(self) -> int:
+        return len(self._evictable)
 
     def blocks_for(self, tokens: int) -> int:
         """Blocks that hold `tokens` tokens."""
         return -(-tokens // self.block_size)
 
     def allocate(self, count: int) -> list[int]:
-        """Take `count` blocks, each which are owned now. ValueError, and no change, if fewer are free."""
-        if count > len(self._free):
-            raise ValueError(f"{count} blocks wanted, {len(self._free)} free")
-        taken = [self._free.pop() for _ in range(count)]
+        """Take `count` blocks, each of which has one owner now. ValueError, and no change, if fewer are free."""
+        if count > self.free:
+            raise ValueError(f"{count} blocks wanted, {self.free} free")
+        taken = [self._unused.pop() if self._unused else self._evict() for _ in range(count)]
         for block in taken:
-            self._owned[block] = True
+            self._owners[block] = 1
         return taken
 
-    def release(self, blocks: Iterable[int]) -> None:
-        """Free blocks. ValueError on a free one."""
+    def share(self, blocks: Iterable[int]) -> None:
+        """One owner more for each of the blocks, which are owned or evictable. ValueError on another."""
         for block in blocks:
-            if not self._owned[block]:
+            if self._owners[block] == 0:
+                if block not in self._evictable:
+                    raise ValueError(f"block {block} holds nothing to share")
+                del self._evictable[block]
+            self._owners[block] += 1
+
+    def unowned(self, blocks: Iterable[int]) -> int:
+        """How many of the blocks would no longer be free if they were shared."""
+        return sum(self._owners[block] == 0 for block in blocks)
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """One owner less for each of the blocks of a sequence, in its order. ValueError on one that nobody owns."""
+        for block in reversed(blocks):  # so that a text is evicted from its end: a beginning is of use without it
+            if self._owners[block] == 0:
                 raise ValueError(f"block {block} is released twice")
-            self._owned[block] = False
-            self._free.append(block)
+            self._owners[block] -= 1
+            if self._owners[block] == 0:
+                if block in self.prefixes:
+                    self._evictable[block] = None
+                else:
+                    self._unused.append(block)
+
+    def publish(self, chain: Chain, index: int, before: int, block: int) -> int | None:
+        """As `Prefixes.add`; an orphan of that name makes way."""
+        orphan = self.prefixes.orphan(chain, index)
+        if orphan is not None:
+            self.prefixes.forget(orphan)
+            if orphan in self._evictable:
+                del self._evictable[orphan]
+                self._unused.append(orphan)
+        return self.prefixes.add(chain, index, before, block)
 
     def check(self, holders: Iterable[Iterable[int]]) -> None:
         """Raise AssertionError unless the identity holds and `holders` hold exactly what is owned."""
         held = Counter(block for blocks in holders for block in blocks)
-        free = set(self._free)
-        if len(free) != len(self._free):
-            raise AssertionError("a block is in the free list twice")
-        if len(free) + len(held) != self.total or free & held.keys():
-            raise AssertionError(f"{len(free)} free + {len(held)} owned != {self.total} blocks")
-        for block, owned in enumerate(self._owned):
-            if owned != held[block]:
-                raise AssertionError(f"block {block} is {'owned' if owned else 'free'} and has {held[block]} holders")
+        unused = set(self._unused)
+        if len(unused) != len(self._unused):
+            raise AssertionError("a block is unused twice")
+        kinds = (unused, held.keys(), self._evictable.keys())
+        if sum(map(len, kinds)) != self.total or len(set().union(*kinds)) != self.total:
+            raise AssertionError(
+                f"{len(unused)} unused + {len(held)} owned + {self.evictable} evictable != {self.total} blocks"
+            )
+        for block, owners in enumerate(self._owners):
+            if owners != held[block]:
+                raise AssertionError(f"block {block} counts {owners} owners and has {held[block]}")
+        if any(block not in self.prefixes for block in self._evictable) or any(b in self.prefixes for b in unused):
+            raise AssertionError("what is evictable is known, and what is unused is not")
+
+    def _evict(self) -> int:
+        block, _ = self._evictable.popitem(last=False)
+        self.prefixes.forget(block)
+        return block

@@ -67,6 +67,7 @@ class Engine:
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_queued_requests=config.max_queued_requests,
             max_queued_tokens=config.max_queued_tokens,
+            prefix_caching=config.prefix_caching,
         )
         self.info = info
         self._executor = executor

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from millrace.server.engine.blocks import BlockPool
+from millrace.server.engine.prefixes import Chain, Prefix
 from millrace.server.engine.sequence import Sequence, SequenceFinished, SequenceRequest, Status
 from millrace.server.errors import ExceedsKVCapacity, FieldViolation, PromptTooLong, QueueFull, RequestError
 from millrace.server.types import FinishReason
@@ -28,6 +29,7 @@ class Limits:
     max_num_batched_tokens: int
     max_queued_requests: int
     max_queued_tokens: int
+    prefix_caching: bool = True
 
     @property
     def lanes(self) -> int:
@@ -96,7 +98,10 @@ class Scheduler:
         for request in requests:
             tokens, limit = len(request.prompt_ids), self._limit(request)
             self._arrivals += 1
-            sequence = Sequence(request, self._arrivals, now_us, prompt_len=tokens, limit=limit, length=tokens)
+            chain = Chain(request.tenant, self.pool.block_size) if self.limits.prefix_caching else None
+            sequence = Sequence(
+                request, self._arrivals, now_us, prompt_len=tokens, limit=limit, length=tokens, chain=chain
+            )
             self._live[request.sequence_id] = sequence
             self._waiting[sequence.arrival] = sequence
             self.waiting_tokens += tokens
@@ -141,7 +146,10 @@ class Scheduler:
             if index in errors:
                 self._end(sequence)
                 finished.append(sequence.finished(None, error=errors[index]))
-            elif row.samples:
+                continue
+            if sequence.status is Status.RUNNING and row.end // self.pool.block_size > sequence.published:
+                self._publish(sequence, row.end)
+            if row.samples:
                 accepted.append(index)
                 sequence.pending -= 1
                 sequence.output.append(token)
@@ -179,6 +187,7 @@ class Scheduler:
             "the waiting hold no lane": all(s.lane == -1 for s in waiting + leaving),
             "the leaving are in flight": all(s.in_flight and s.status is not Status.RUNNING for s in leaving),
             "blocks cover what is scheduled": all(s.scheduled <= capacity * len(s.blocks) for s in running),
+            "what others may find is computed": all(s.published * capacity <= s.scheduled for s in running),
             "waiting tokens add up": self.waiting_tokens == sum(s.prompt_len for s in waiting),
         }
         for fact, holds in facts.items():
@@ -272,19 +281,47 @@ class Scheduler:
         if not self._waiting or not self._lanes:
             return None
         sequence = next(iter(self._waiting.values()))
-        needed = self.pool.blocks_for(sequence.length)
+        if sequence.in_flight:
+            return None
+        found = self._find_prefix(sequence)
+        shared = [prefix.block for prefix in found]
+        needed = self.pool.blocks_for(sequence.length) - len(shared)
         # A block for each of the others keeps an arrival from being preempted as soon as it has started, and
         # one that has just given way from coming back in the same step.
-        if sequence.in_flight or needed + len(self._running) > self.pool.free:
+        if needed + self.pool.unowned(shared) + len(self._running) > self.pool.free:
             return None
         self._unqueue(sequence)
         sequence.status = Status.RUNNING
         sequence.lane = self._lanes.pop()
-        sequence.blocks = self.pool.allocate(needed)
+        self.pool.share(shared)
+        sequence.blocks = shared + self.pool.allocate(needed)
+        sequence.scheduled = len(shared) * self.pool.block_size
+        sequence.published, sequence.last_prefix = len(found), found[-1].serial if found else 0
         if sequence.queue_us is None:
             sequence.queue_us = now_us - sequence.arrival_us
+            sequence.cached_prompt_tokens = sequence.scheduled
         self._running.append(sequence)
         return sequence
+
+    def _find_prefix(self, sequence: Sequence) -> list[Prefix]:
+        """Blocks that hold its first tokens already; one token at least is left, to sample from."""
+        if sequence.chain is None:
+            return []
+        full = (sequence.length - 1) // self.pool.block_size
+        sequence.extend_chain(sequence.chain, full)
+        return self.pool.prefixes.find(sequence.chain, full)
+
+    def _publish(self, sequence: Sequence, end: int) -> None:
+        """Others may find the full blocks among the first `end` tokens: their keys and values are computed."""
+        full = end // self.pool.block_size
+        if sequence.chain is not None:
+            sequence.extend_chain(sequence.chain, full)
+            for index in range(sequence.published, full):
+                if sequence.last_prefix is None:
+                    break
+                block = sequence.blocks[index]
+                sequence.last_prefix = self.pool.publish(sequence.chain, index, sequence.last_prefix, block)
+        sequence.published = full
 
     def _preempt(self, sequence: Sequence) -> None:
         self._stop_running(sequence)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import NamedTuple
 
+from millrace.server.engine.prefixes import Chain
 from millrace.server.errors import RequestError
 from millrace.server.types import FinishReason, Sampling
 
@@ -80,6 +81,17 @@ class Sequence:
     lane: int = -1  # index among the running
     queue_us: int | None = None  # None: never served
     preemptions: int = 0
+    cached_prompt_tokens: int = 0  # found when it was first served
+    chain: Chain | None = None  # None: its blocks are not shared
+    published: int = 0  # its first blocks that others may find
+    last_prefix: int | None = 0  # serial of the last of them; None: what follows cannot be found
+
+    def extend_chain(self, chain: Chain, full: int) -> None:
+        """Name the first `full` blocks, whose tokens are all known."""
+        start, end = len(chain) * chain.block_size, full * chain.block_size
+        if start < end:
+            prompt, output = self.request.prompt_ids[start:end], self.output[max(0, start - self.prompt_len) :]
+            chain.extend([*prompt, *output][: end - start])
 
     @property
     def needs_history(self) -> bool:
@@ -91,7 +103,13 @@ class Sequence:
         self, reason: FinishReason | None, stop_token_id: int | None = None, error: RequestError | None = None
     ) -> SequenceFinished:
         return SequenceFinished(
-            self.request.sequence_id, reason, stop_token_id, error, self.queue_us or 0, self.preemptions
+            self.request.sequence_id,
+            reason,
+            stop_token_id,
+            error,
+            self.queue_us or 0,
+            self.preemptions,
+            self.cached_prompt_tokens,
         )
 
     def check(self) -> None:

@@ -16,7 +16,7 @@ class Fake:
     """Takes one prompt a step, beside which the others decode; its clock knows what that costs."""
 
     def __init__(self) -> None:
-        self.now = 0.0
+        self.now, self.slow = 0.0, 1
         self.waiting: list[tuple[int, int, int]] = []
         self.running: dict[int, int] = {}
         self.prompts: list[tuple[int, ...]] = []
@@ -27,7 +27,7 @@ class Fake:
 
     def step(self) -> list[int]:
         found = list(self.running)
-        self.now += DECODE_SECONDS if found else 0
+        self.now += self.slow * DECODE_SECONDS if found else 0
         if self.waiting:
             request, prompt, output = self.waiting.pop(0)
             self.now += prompt * PREFILL_SECONDS
@@ -61,8 +61,20 @@ def test_mixed_counts_output_from_the_first_step_to_the_last_token(measured: tup
 def test_no_prompt_comes_twice(measured: tuple[Fake, Speeds]) -> None:
     prompts = measured[0].prompts
     assert (
-        len(set(prompts)) == len(prompts) == 1 + 2 + (1 + 2 * 1) + (4 + 4) + (1 + 6)
+        len(set(prompts)) == len(prompts) == 1 + 2 + (1 + 6 * 1) + (4 + 4) + (1 + 6)
     )  # prefill, each batch and mixed, warmed up
+
+
+def test_the_best_decoding_of_one_request_counts_with_the_memory_beside_it() -> None:
+    fake, asked = Fake(), []
+
+    def beside(batch: int) -> None:
+        asked.append(batch)
+        fake.slow = 1 if len(asked) == 3 else 4
+
+    speeds = Meter(fake, lambda: fake.now).measure(WORK, beside)
+    assert asked == [1] * 7 + [4] * 2
+    assert speeds.decode == pytest.approx({1: 1 / DECODE_SECONDS, 4: 1 / DECODE_SECONDS})
 
 
 def test_a_batch_that_is_never_whole_is_no_measurement() -> None:

@@ -49,22 +49,23 @@ def make_requests(executor, **sampling):
 
 
 def run(engine):
-    """All that each sequence reports of its tokens, and how often one was preempted."""
-    drawn, preemptions = {}, 0
+    """All that each sequence reports of its tokens, how often one was preempted, and prompt tokens found computed."""
+    drawn, preemptions, cached = {}, 0, 0
     while engine.has_work:
         output = engine.step()
         engine.check()
         assert not any(finish.error for finish in output.finished)
         preemptions = output.stats.preemptions_total
+        cached += sum(finish.cached_prompt_tokens for finish in output.finished)
         for token in output.tokens:
             facts = (token.token_id, token.logprob, *token.top_ids, *token.top_logprobs)
             drawn.setdefault(token.sequence_id, []).append(facts)
-    return drawn, preemptions
+    return drawn, preemptions, cached
 
 
 @cache
 def solo(executor, *, temperature, repetition_penalty):
-    engine, alone = load(executor), {}
+    engine, alone = load(executor, prefix_caching=False), {}
     for request in make_requests(executor, temperature=temperature, repetition_penalty=repetition_penalty):
         engine.submit(request)
         alone |= run(engine)[0]
@@ -85,7 +86,7 @@ def assert_equal(executor, alone, together):
     assert together.keys() == alone.keys()
     differences = [first_difference(alone[i], together[i]) for i in alone]
     assert all(margin is None or margin < NEAR for margin in differences)
-    assert differences.count(None) >= 14
+    assert differences.count(None) >= len(differences) - 2
 
 
 # At a temperature, a draw of the reference may fall between two sums of the same numbers.
@@ -110,7 +111,30 @@ def test_sixteen_concurrent_requests_equal_their_solo_runs(
     engine = load(executor, **settings)
     for request in make_requests(executor, **sampling):
         engine.submit(request)
-    together, preemptions = run(engine)
+    together, preemptions, _ = run(engine)
     engine.close()
     assert (preemptions > 0) == preempts
     assert_equal(executor, solo(executor, **sampling), together)
+
+
+@pytest.mark.parametrize(("executor", "temperature"), [("reference", 0.0), ("cpu", 0.0), ("cpu", 0.8)])
+def test_a_beginning_that_was_computed_before_changes_nothing(executor, temperature):
+    """Every request twice: the second time it finds its own blocks, and both times those of the others."""
+    common = [31 * j % 4000 + 300 for j in range(66)]
+    prompts = [[*common[:length], 500 + length] for length in (1, 31, 32, 33, 40, 64, 66)]
+    cold, warm = load(executor, prefix_caching=False), load(executor)
+    alone, again, found = {}, {}, 0
+    for round_ in range(2):
+        for i, prompt in enumerate(prompts):
+            name = round_ * len(prompts) + i
+            sampling = Sampling(seed=i, temperature=temperature)
+            request = make_request(name, prompt, sampling=sampling, max_output_tokens=8, logprobs_top_n=2)
+            for engine, drawn in ((cold, alone), (warm, again)):
+                engine.submit(request)
+                news, _, cached = run(engine)
+                drawn |= news
+                found += cached
+    assert found > 300
+    assert_equal(executor, alone, again)
+    cold.close()
+    warm.close()

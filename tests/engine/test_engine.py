@@ -162,7 +162,7 @@ def test_a_request_that_cannot_be_packed_is_invalid(changes, field):
 def test_a_step_tells_the_state_after_it():
     engine, executor, clock = make_engine(max_num_batched_tokens=4)
     engine.submit(make_request(1, range(6), max_output_tokens=2))
-    engine.submit(make_request(2, range(6)))
+    engine.submit(make_request(2, range(1, 7)))
     clock.now = 5
     first, second = engine.step(), engine.step()
     assert (first.step, first.stats.prefill_tokens, first.stats.decode_tokens, first.tokens) == (1, 4, 0, [])

@@ -78,7 +78,7 @@ def test_an_end_in_flight_drops_the_later_row_and_frees_the_blocks_with_it():
 
 
 def test_the_latest_arrival_gives_way_and_starts_over():
-    scheduler = make_scheduler(blocks=5, block_size=2, max_model_len=10)
+    scheduler = make_scheduler(blocks=5, block_size=2, max_model_len=10, prefix_caching=False)
     for sequence_id in (1, 2):
         scheduler.submit(make_request(sequence_id, range(3), max_output_tokens=6), now_us=0)
     order = []
@@ -103,7 +103,7 @@ def test_blocks_on_their_way_back_are_waited_for_rather_than_taken_from_one_more
 
 
 def test_a_prompt_that_gives_way_half_read_is_read_again_from_its_start():
-    scheduler = make_scheduler(blocks=12, block_size=1, max_num_batched_tokens=2)
+    scheduler = make_scheduler(blocks=12, block_size=1, max_num_batched_tokens=2, prefix_caching=False)
     scheduler.submit(make_request(1, range(2), max_output_tokens=8), now_us=0)
     scheduler.submit(make_request(2, range(8), max_output_tokens=2), now_us=0)
     planned = []
@@ -113,6 +113,20 @@ def test_a_prompt_that_gives_way_half_read_is_read_again_from_its_start():
         commit(scheduler, plan)
     assert planned[1:4] == [[(1, 2, 3, True), (2, 0, 1, False)], [(1, 3, 4, True), (2, 1, 2, False)], [(1, 4, 5, True)]]
     assert next(span for spans in planned[4:] for span in spans if span[0] == 2) == (2, 0, 2, False)
+
+
+def test_a_sequence_that_gave_way_finds_its_own_blocks_again():
+    scheduler = make_scheduler(blocks=12, block_size=1, max_num_batched_tokens=2)
+    scheduler.submit(make_request(1, range(2), max_output_tokens=8), now_us=0)
+    scheduler.submit(make_request(2, range(10, 18), max_output_tokens=2), now_us=0)
+    planned = []
+    while scheduler.has_work:
+        plan = scheduler.plan(0)
+        planned.append(spans(plan))
+        commit(scheduler, plan)
+    assert scheduler.preemptions == 1
+    mine = [span for spans in planned for span in spans if span[0] == 2]
+    assert mine[:3] == [(2, 0, 1, False), (2, 1, 2, False), (2, 2, 4, False)], "nothing is read twice"
 
 
 def test_the_oldest_always_finishes_whatever_arrives_behind_it():

@@ -27,6 +27,19 @@ def test_every_output_is_that_of_the_solo_run(steps_in_flight):
     assert rejected > 100
 
 
+@pytest.mark.parametrize("faults", [False, True])
+@pytest.mark.parametrize("steps_in_flight", [1, 2, 3])
+def test_beginnings_that_are_shared_change_no_output(steps_in_flight, faults, caplog):
+    preemptions = cached = 0
+    for seed in range(100):
+        workload = Workload(seed, steps_in_flight, faults, shared=True)
+        workload.run()
+        preemptions += workload.preemptions
+        cached += workload.cached
+    assert preemptions > 100
+    assert cached > 1000
+
+
 @pytest.mark.parametrize("steps_in_flight", [1, 2, 3])
 def test_faults_end_only_the_sequences_that_cause_them(steps_in_flight, caplog):
     failed = 0
