@@ -157,7 +157,10 @@ def test_flags_arrive_as_settings(alone: bool, monkeypatch: pytest.MonkeyPatch) 
             default = field.get_default(call_default_factory=True)
             value = default if default is not None else "32"
             wanted[name] = value
-            words += [f"--no-{flag[2:]}"] if value is False else [flag, str(value)]
+            if isinstance(value, bool):
+                words.append(flag if value else f"--no-{flag[2:]}")
+            else:
+                words += [flag, str(value)]
     result = CliRunner().invoke(cli.app, ["doctor", *words])
     assert result.exit_code == 7, result.output
     assert [s.model_dump() for s in seen] == [load_settings(wanted, environment={}).model_dump()]
