@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from millrace.kernels.ragged import append, gather, pack_tokens
-from millrace.server.engine.scheduler import Row
+from millrace.server.engine.plan import Row
 from millrace.server.engine.sequence import Sequence
 from millrace.server.model.executors.base import (
     Batch,

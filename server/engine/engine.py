@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from millrace.server.config import EngineConfig
 from millrace.server.engine.batch import BatchPacker
 from millrace.server.engine.blocks import BlockPool
+from millrace.server.engine.plan import Limits, Plan, Row
 from millrace.server.engine.results import checked_result, failed_row, row_tokens, sequence_tokens
-from millrace.server.engine.scheduler import Limits, Plan, Row, Scheduler
+from millrace.server.engine.scheduler import Scheduler
 from millrace.server.engine.sequence import SequenceFinished, SequenceRequest, SequenceToken, Status
 from millrace.server.engine.texts import TextVector
 from millrace.server.engine.validation import checked_request

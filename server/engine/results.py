@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from millrace.server.engine.scheduler import Row
+from millrace.server.engine.plan import Row
 from millrace.server.engine.sequence import SequenceToken
 from millrace.server.model.executors.base import StepResult
 

@@ -8,7 +8,7 @@ from engine_fakes import make_request
 
 from millrace.server.engine import batch as module
 from millrace.server.engine.batch import BatchPacker, RaggedTable
-from millrace.server.engine.scheduler import Row
+from millrace.server.engine.plan import Row
 from millrace.server.engine.sequence import Sequence
 from millrace.server.model.executors.base import Output
 from millrace.server.types import Sampling

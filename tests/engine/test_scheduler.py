@@ -6,7 +6,8 @@ from engine_fakes import make_request
 
 from millrace.server.engine import scheduler as module
 from millrace.server.engine.blocks import BlockPool
-from millrace.server.engine.scheduler import Limits, Scheduler
+from millrace.server.engine.plan import Limits
+from millrace.server.engine.scheduler import Scheduler
 from millrace.server.errors import ExceedsKVCapacity, PromptTooLong, QueueFull
 
 
@@ -32,7 +33,7 @@ def commit(scheduler, plan, token=7):
 
 
 def test_the_scheduler_is_plain_python():
-    for name in ("scheduler", "blocks", "sequence"):
+    for name in ("scheduler", "plan", "prefixes", "blocks", "sequence"):
         tree = ast.parse((Path(module.__file__).parent / f"{name}.py").read_text())
         names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
         names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
