@@ -50,7 +50,9 @@ inline void encode(const Activations& to, std::int32_t row, const Number* x) {
   const std::int32_t groups = activation_groups(to.width, to.k, to.group);
   const auto row_bytes = static_cast<std::int32_t>(to.row_bytes);
   auto* data = reinterpret_cast<std::int8_t*>(to.data + static_cast<std::size_t>(row) * to.row_bytes);
-  float values[kMaxInputs + kLanes];
+  // On the stack, but no more of it than this row needs: threads may have little.
+  auto* values = static_cast<float*>(
+      __builtin_alloca(static_cast<std::size_t>((to.k + kLanes - 1) / kLanes * kLanes) * sizeof(float)));
   const Scale scale = transform_row(x, to.k, values);
   to.scales[row] = scale.scale;
   const std::int32_t k = scale.scale == scale.scale ? to.k : 0;

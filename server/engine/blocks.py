@@ -66,7 +66,7 @@ class BlockPool:
                 raise ValueError(f"block {block} is released twice")
             self._owners[block] -= 1
             if self._owners[block] == 0:
-                if block in self.prefixes:
+                if self.prefixes.leave(block):
                     self._evictable[block] = None
                 else:
                     self._unused.append(block)

@@ -50,6 +50,8 @@ class Prefixes:
     def __init__(self) -> None:
         self._by_digest: dict[bytes, Prefix] = {}
         self._digests: dict[int, bytes] = {}  # of blocks
+        self._copies: dict[bytes, list[int]] = {}  # other blocks of known content, which somebody computed meanwhile
+        self._copied: dict[int, bytes] = {}  # their digests
         self._alive = {0}  # serials; 0 is the beginning of every text
         self._serial = 0
 
@@ -74,22 +76,46 @@ class Prefixes:
     def add(self, chain: Chain, index: int, before: int, block: int) -> int | None:
         """Make a block known that follows `before`; returns the serial that its successor follows.
 
-        Where another block of the same content is known, that one stays. None: the digest is taken by other content,
-        and what follows cannot be known either.
+        Where another block of the same content is known, that one stays, and this one takes over when it is left
+        first. None: the digest is taken by other content, and what follows cannot be known either.
         """
         digest, tokens = chain[index]
         if digest in self._by_digest:
             known = self._known(chain, index, before)
-            return known.serial if known else None
+            if known is None:
+                return None
+            self._copies.setdefault(digest, []).append(block)
+            self._copied[block] = digest
+            return known.serial
         self._serial += 1
         self._alive.add(self._serial)
         self._by_digest[digest] = Prefix(block, self._serial, before, chain.tenant, tokens)
         self._digests[block] = digest
         return self._serial
 
+    def leave(self, block: int) -> bool:
+        """Nobody holds the block any more. Whether it is worth keeping: known, and the only one of its content."""
+        if block in self._copied:
+            digest = self._copied.pop(block)
+            self._copies[digest].remove(block)
+            return False
+        if block not in self._digests:
+            return False
+        digest = self._digests[block]
+        if not self._copies.get(digest):
+            return True
+        heir = self._copies[digest].pop()
+        del self._copied[heir], self._digests[block]
+        self._digests[heir] = digest
+        self._by_digest[digest] = self._by_digest[digest]._replace(block=heir)
+        return False
+
     def forget(self, block: int) -> None:
         """The block will hold something else. Those that follow it are found no more."""
-        self._alive.remove(self._by_digest.pop(self._digests.pop(block)).serial)
+        digest = self._digests.pop(block)
+        self._alive.remove(self._by_digest.pop(digest).serial)
+        for copy in self._copies.pop(digest, ()):
+            del self._copied[copy]
 
     def orphan(self, chain: Chain, index: int) -> int | None:
         """The block that has this digest but whose predecessor is forgotten, so that nothing leads to it."""

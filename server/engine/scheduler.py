@@ -241,7 +241,8 @@ class Scheduler:
         if not self._waiting or not self._lanes:
             return None
         sequence = next(iter(self._waiting.values()))
-        if sequence.in_flight:
+        # One block at least is needed beside what may be found, which is not looked for in vain at every step.
+        if sequence.in_flight or self.pool.free <= len(self._running):
             return None
         found = self._find_prefix(sequence)
         shared = [prefix.block for prefix in found]

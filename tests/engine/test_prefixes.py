@@ -133,3 +133,32 @@ def test_the_least_recently_used_gives_way_and_a_beginning_last():
     assert ask(2, [9] * 7) == 0  # takes two unused blocks and the two of `old` that are longest unwanted
     assert ask(3, new) == 6
     assert ask(4, old) == 2
+
+
+def test_what_several_computed_at_once_is_known_while_one_of_them_holds_it():
+    engine, _, _ = make_engine(blocks=24, block_size=4, max_model_len=48, max_num_batched_tokens=64)
+    prompt = list(range(17))
+    engine.submit(make_request(1, prompt, max_output_tokens=1))
+    engine.submit(make_request(2, prompt, max_output_tokens=30))
+    engine.step()
+    for number, token in enumerate((30, 31, 32), start=3):  # these take the place of what 1 left
+        engine.submit(make_request(number, [token] * 17, max_output_tokens=1))
+    engine.step()
+    engine.step()
+    engine.submit(make_request(9, prompt, max_output_tokens=1))
+    assert drain(engine)[1][9].cached_prompt_tokens == 16
+
+
+def test_copies_take_over_and_are_let_go():
+    pool = BlockPool(9, 2)
+    text = chain([1, 2])
+    first, second, third = ([block] for block in pool.allocate(3))
+    serials = {pool.publish(text, 0, 0, blocks[0]) for blocks in (first, second, third)}
+    assert len(serials) == 1
+    pool.release(second)
+    assert pool.evictable == 0
+    pool.release(first)
+    assert (pool.evictable, blocks(pool.prefixes.find(text, 1))) == (0, third)
+    pool.release(third)
+    assert (pool.evictable, blocks(pool.prefixes.find(text, 1))) == (1, third)
+    pool.check([])
