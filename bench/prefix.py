@@ -8,6 +8,7 @@ import argparse
 import random
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from statistics import median
 
@@ -76,6 +77,17 @@ def conversation(asker: Asker, vocabulary: int) -> list[int]:
     return computed
 
 
+def report(asker: Asker, vocabulary: int, block: int, rounds: int) -> None:
+    cold, warm = first_tokens(asker, vocabulary, rounds)
+    print(
+        f"first token of {COMMON} + {OWN} tokens: {1e3 * cold:,.0f} ms; of as many with the first {COMMON} computed"
+        f" before: {1e3 * warm:,.0f} ms, {cold / warm:.1f}x sooner (asked: {ASKED:g}x); medians of {rounds}"
+    )
+    # The last token of an answer was never computed: nothing came after it.
+    print(f"a conversation, {SAID} tokens a turn and answers of {ANSWERED}: computed {conversation(asker, vocabulary)}")
+    print(f"asked: at most {SAID + 1 + block} a turn, a block more than what is new")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", default="llama-3.2-1b", help="a shape of random weights, or a directory")
@@ -93,19 +105,9 @@ def main() -> None:
             max_num_seqs=4,
         )
         loaded = create_executor(config, lambda done, total: None)
-        engine = Engine(loaded.executor, loaded.info, config)
-        asker, vocabulary, block = Asker(engine), loaded.info.vocab_size, loaded.executor.kv_layout.block_size
-        print(f"{label}, {options.quantization}, blocks of {block} tokens")
-        cold, warm = first_tokens(asker, vocabulary, options.rounds)
-        print(
-            f"first token of {COMMON} + {OWN} tokens: {1e3 * cold:,.0f} ms; of as many with the first {COMMON} computed"
-            f" before: {1e3 * warm:,.0f} ms, {cold / warm:.1f}x sooner (asked: {ASKED:g}x); medians of {options.rounds}"
-        )
-        computed = conversation(asker, vocabulary)
-        # The last token of an answer was never computed: nothing came after it.
-        print(f"a conversation, {SAID} tokens a turn and answers of {ANSWERED}: computed {computed}")
-        print(f"asked: at most {SAID + 1 + block} a turn, a block more than what is new")
-        engine.close()
+        with closing(Engine(loaded.executor, loaded.info, config)) as engine:
+            print(f"{label}, {options.quantization}, blocks of {loaded.executor.kv_layout.block_size} tokens")
+            report(Asker(engine), loaded.info.vocab_size, loaded.executor.kv_layout.block_size, options.rounds)
     except (MillraceError, ValueError, OSError) as error:
         parser.exit(1, f"prefix: {error}\n")
 

@@ -4,7 +4,7 @@ Decodes are bound by reading keys and values (`bytes`), prefills by multiplying 
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Literal, NamedTuple
@@ -83,7 +83,7 @@ def case(shape: Shape, dtype: DType) -> Case:
     if shape.threads > 1:
         pool = ThreadPoolExecutor(shape.threads)
         ends = np.linspace(0, shape.rows, shape.threads + 1).astype(int).tolist()
-        ours = lambda: list(pool.map(attend_rows, ends, ends[1:]))  # noqa: E731
+        ours = partial(divided, pool, attend_rows, ends)
     seen = shape.tokens * shape.context - (shape.tokens * (shape.tokens - 1) // 2 if shape.causal else 0)
     return Case(
         kernel="attention",
@@ -94,6 +94,11 @@ def case(shape: Shape, dtype: DType) -> Case:
         operations=4 * shape.rows * shape.heads * shape.dim * seen,
         threads=shape.threads,
     )
+
+
+def divided(pool: ThreadPoolExecutor, run: Callable[[int, int], None], ends: list[int]) -> None:
+    """The parts between the ends, each on a thread."""
+    list(pool.map(run, ends, ends[1:]))  # which raises what one of them raised
 
 
 def peer(shape: Shape, q: NDArray[np.float32], *kv: NDArray[np.float32]) -> Run:

@@ -8,7 +8,10 @@ from millrace.server.engine.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Counts of sequences and tokens. The bounds on the queue apply to arrivals, not to preempted sequences."""
+    """Counts of sequences and tokens. The bounds on the queue apply to arrivals, not to preempted sequences.
+
+    `prefix_caching`: whether sequences of a tenant share the blocks of equal beginnings.
+    """
 
     max_model_len: int
     max_num_seqs: int

@@ -33,3 +33,9 @@ def test_no_such_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
         main()
     assert ended.value.code == 1
     assert "nowhere" in capsys.readouterr().err
+
+
+def test_switches_are_flags_of_their_own_and_numbers_are_no_switches() -> None:
+    config = EngineConfig(prefix_caching=False, max_num_seqs=1, num_threads=None)
+    assert sorted(server_flags(config)) == ["--max-num-seqs=1", "--no-prefix-caching"]
+    assert server_flags(EngineConfig(prefix_caching=True)) == ["--prefix-caching"]

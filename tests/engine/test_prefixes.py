@@ -141,12 +141,13 @@ def test_what_several_computed_at_once_is_known_while_one_of_them_holds_it():
     engine.submit(make_request(1, prompt, max_output_tokens=1))
     engine.submit(make_request(2, prompt, max_output_tokens=30))
     engine.step()
-    for number, token in enumerate((30, 31, 32), start=3):  # these take the place of what 1 left
-        engine.submit(make_request(number, [token] * 17, max_output_tokens=1))
-    engine.step()
-    engine.step()
+    for number in range(3, 9):  # these take the place of what 1 left
+        engine.submit(make_request(number, [20 + number] * 17, max_output_tokens=1))
+        engine.step()
     engine.submit(make_request(9, prompt, max_output_tokens=1))
-    assert drain(engine)[1][9].cached_prompt_tokens == 16
+    _, finished = drain(engine)
+    assert finished[9].cached_prompt_tokens == 16
+    assert finished[2].preemptions == 0, "it holds the prompt all the while"
 
 
 def test_copies_take_over_and_are_let_go():

@@ -130,6 +130,22 @@ def test_a_sequence_that_gave_way_finds_its_own_blocks_again():
     assert mine[:3] == [(2, 0, 1, False), (2, 1, 2, False), (2, 2, 4, False)], "nothing is read twice"
 
 
+def test_a_full_pool_is_not_searched_at_every_step(monkeypatch):
+    scheduler = make_scheduler(blocks=6, block_size=4, max_num_seqs=4)
+    scheduler.submit(make_request(1, range(20), max_output_tokens=4), now_us=0)
+    for _ in range(2):
+        commit(scheduler, scheduler.plan(0))
+    scheduler.submit(make_request(2, range(20), max_output_tokens=4), now_us=0)
+    searches = []
+    find = scheduler.pool.prefixes.find
+    monkeypatch.setattr(scheduler.pool.prefixes, "find", lambda *words: searches.append(1) or find(*words))
+    while scheduler.running:
+        assert not searches
+        commit(scheduler, scheduler.plan(0))
+    commit(scheduler, scheduler.plan(0))
+    assert len(searches) == 1
+
+
 def test_the_oldest_always_finishes_whatever_arrives_behind_it():
     scheduler = make_scheduler(blocks=8, block_size=1, max_model_len=9, max_queued_requests=500, max_queued_tokens=5000)
     scheduler.submit(make_request(0, [1], max_output_tokens=8), now_us=0)
