@@ -72,14 +72,17 @@ class BlockPool:
                     self._unused.append(block)
 
     def publish(self, chain: Chain, index: int, before: int, block: int) -> int | None:
-        """As `Prefixes.add`; an orphan of that name makes way."""
+        """As `Prefixes.add`; an orphan of that name makes way, and so does a block of that content that nobody owns."""
         orphan = self.prefixes.orphan(chain, index)
         if orphan is not None:
             self.prefixes.forget(orphan)
-            if orphan in self._evictable:
-                del self._evictable[orphan]
-                self._unused.append(orphan)
-        return self.prefixes.add(chain, index, before, block)
+            self._discard(orphan)
+        serial = self.prefixes.add(chain, index, before, block)
+        known = self.prefixes.known_block(chain, index)
+        if serial is not None and known in self._evictable:
+            self.prefixes.leave(known)  # to its heir, this block
+            self._discard(known)
+        return serial
 
     def check(self, holders: Iterable[Iterable[int]]) -> None:
         """Raise AssertionError unless the identity holds and `holders` hold exactly what is owned."""
@@ -97,6 +100,12 @@ class BlockPool:
                 raise AssertionError(f"block {block} counts {owners} owners and has {held[block]}")
         if any(block not in self.prefixes for block in self._evictable) or any(b in self.prefixes for b in unused):
             raise AssertionError("what is evictable is known, and what is unused is not")
+
+    def _discard(self, block: int) -> None:
+        """Nothing leads to the block any more; if it was kept, it is unused now."""
+        if block in self._evictable:
+            del self._evictable[block]
+            self._unused.append(block)
 
     def _evict(self) -> int:
         block, _ = self._evictable.popitem(last=False)

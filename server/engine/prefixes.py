@@ -117,6 +117,10 @@ class Prefixes:
         for copy in self._copies.pop(digest, ()):
             del self._copied[copy]
 
+    def known_block(self, chain: Chain, index: int) -> int:
+        """The block that has this digest, which is taken."""
+        return self._by_digest[chain[index][0]].block
+
     def orphan(self, chain: Chain, index: int) -> int | None:
         """The block that has this digest but whose predecessor is forgotten, so that nothing leads to it."""
         prefix = self._by_digest.get(chain[index][0])
