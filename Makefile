@@ -114,7 +114,8 @@ native-test: install ## the C++ tests under the address and undefined-behaviour 
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" ctest --test-dir build/native --output-on-failure
 
 .PHONY: soak
-soak: install ## the thread pool for some minutes under the thread sanitizer
+soak: install ## a hundred thousand simulations of the scheduler, and the thread pool under the thread sanitizer
+	$(PY) tests/simulation/soak.py
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake -S . -B build/tsan -G Ninja -DMILLRACE_PYTHON=OFF -DMILLRACE_TESTS=ON \
 	  -DMILLRACE_SANITIZE=thread
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake --build build/tsan --target test_pool

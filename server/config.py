@@ -79,7 +79,17 @@ class EngineConfig(Component):
     prefix_caching: bool = Field(
         True, description="compute equal beginnings of one tenant's prompts once, while their KV blocks last"
     )
+    max_step_time: float = Field(
+        0.15, ge=0, le=60, description="seconds that a step may take, which bounds the prompt tokens in it; 0: no bound"
+    )
+    priority_ageing: float = Field(
+        60, gt=0, le=DAY, description="seconds that a request waits in its class before it is of the next higher one"
+    )
+    max_num_seqs_per_tenant: int | None = Field(
+        None, ge=1, le=4096, description="sequences of one tenant that run at once (default: all that can)"
+    )
     max_queued_requests: int = Field(1024, ge=1, description="sequences that wait, at most")
+    max_queued_requests_per_tenant: int = Field(512, ge=1, description="sequences of one tenant that wait, at most")
     max_queued_tokens: int = Field(1_048_576, ge=1, description="prompt tokens that wait, at most")
     num_threads: int | None = Field(None, ge=1, le=1024, description="compute threads (default: one per core)")
     first_core: int = Field(

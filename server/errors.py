@@ -22,6 +22,8 @@
     │   ├── PermissionDenied         PERMISSION_DENIED: a valid key that may not do this
     │   ├── Overloaded               OVERLOADED: come back later
     │   │   ├── QueueFull            QUEUE_FULL
+    │   │   │   └── TenantQueueFull  TENANT_QUEUE_FULL: of this tenant
+    │   │   ├── QueueTimeout         QUEUE_TIMEOUT: it did not run within its queue_timeout
     │   │   └── QuotaExceeded        QUOTA_EXCEEDED: the tenant's own limit
     │   ├── Unavailable              UNAVAILABLE: nothing was done; retry
     │   │   ├── ModelLoading         MODEL_LOADING
@@ -32,6 +34,7 @@
     │   │   ├── Drained              DRAINED: the server shut down
     │   │   └── SlowReader           SLOW_READER: the client does not read
     │   ├── DeadlineExceeded         DEADLINE_EXCEEDED
+    │   │   └── DeadlineUnattainable DEADLINE_UNATTAINABLE: nothing was done, it would be late
     │   └── InternalError            INTERNAL: a bug; the caller sees an incident id, never the text
     ├── IndexDamaged                 an index image cannot be trusted; it is rebuilt, nobody outside sees this
     └── StartupError                 the process cannot start: one line that says what to do, exit status 1
@@ -170,6 +173,14 @@ class QueueFull(Overloaded):
     reason = "QUEUE_FULL"
 
 
+class TenantQueueFull(QueueFull):
+    reason = "TENANT_QUEUE_FULL"
+
+
+class QueueTimeout(Overloaded):
+    reason = "QUEUE_TIMEOUT"
+
+
 class QuotaExceeded(Overloaded):
     reason = "QUOTA_EXCEEDED"
 
@@ -211,6 +222,11 @@ class SlowReader(Aborted):
 
 class DeadlineExceeded(RequestError):
     reason = "DEADLINE_EXCEEDED"
+
+
+class DeadlineUnattainable(DeadlineExceeded):
+    reason = "DEADLINE_UNATTAINABLE"
+    retry_after = 1.0
 
 
 class InternalError(RequestError):

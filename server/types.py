@@ -7,7 +7,7 @@ gateway as `Started`, `Delta`s and `Completed`.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import Enum, IntEnum
 from types import MappingProxyType
 
 from millrace.retrieval.types import Filter, Hit, SearchMode
@@ -36,6 +36,26 @@ class AnswerMode(Enum):
 
     GENERATIVE = "generative"
     EXTRACTIVE = "extractive"
+
+
+class Priority(IntEnum):
+    """Classes of service; a lesser one is served first."""
+
+    HIGH = 0
+    NORMAL = 1
+    LOW = 2
+
+
+@dataclass(frozen=True, slots=True)
+class CachePolicy:
+    """What a request may find in the prefix cache, and what others of its tenant may find of it.
+
+    Only requests of equal `salt` share; the tenant is always part of it.
+    """
+
+    read: bool = True
+    write: bool = True
+    salt: str = ""
 
 
 @dataclass(frozen=True, slots=True)

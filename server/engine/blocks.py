@@ -59,6 +59,10 @@ class BlockPool:
         """How many of the blocks would no longer be free if they were shared."""
         return sum(self._owners[block] == 0 for block in blocks)
 
+    def freed_by(self, blocks: Iterable[int]) -> int:
+        """How many of the blocks would be free if one of their owners left them."""
+        return sum(self._owners[block] == 1 for block in blocks)
+
     def release(self, blocks: Sequence[int]) -> None:
         """One owner less for each of the blocks of a sequence, in its order. ValueError on one that nobody owns."""
         for block in reversed(blocks):  # so that a text is evicted from its end: a beginning is of use without it

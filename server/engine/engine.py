@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from millrace.server.config import EngineConfig
 from millrace.server.engine.batch import BatchPacker
 from millrace.server.engine.blocks import BlockPool
-from millrace.server.engine.plan import Limits, Plan, Row
+from millrace.server.engine.plan import MANY, Limits, Plan, Row
 from millrace.server.engine.results import checked_result, failed_row, row_tokens, sequence_tokens
 from millrace.server.engine.scheduler import Scheduler
 from millrace.server.engine.sequence import SequenceFinished, SequenceRequest, SequenceToken, Status
@@ -29,6 +29,7 @@ class StepOutput:
     """News of one step. A token of a sequence comes before, or together with, its finish."""
 
     step: int
+    started: list[int] = field(default_factory=list)  # sequences that run for the first time
     tokens: list[SequenceToken] = field(default_factory=list)
     finished: list[SequenceFinished] = field(default_factory=list)
     embedded: list[TextVector] = field(default_factory=list)
@@ -42,6 +43,7 @@ class Flight:
     plan: Plan
     ticket: Ticket | None
     error: Exception | None = None
+    launched_us: int = 0
 
 
 class Engine:
@@ -69,6 +71,10 @@ class Engine:
             max_queued_requests=config.max_queued_requests,
             max_queued_tokens=config.max_queued_tokens,
             prefix_caching=config.prefix_caching,
+            max_queued_of_tenant=config.max_queued_requests_per_tenant,
+            max_running_of_tenant=config.max_num_seqs_per_tenant or MANY,
+            max_step_us=round(1e6 * config.max_step_time) or None,
+            ageing_us=round(1e6 * config.priority_ageing),
         )
         self.info = info
         self._executor = executor
@@ -79,6 +85,7 @@ class Engine:
         self._flights: deque[Flight] = deque()
         self._steps = 0
         self._hopeless = 0
+        self._collected_us = 0
 
     @property
     def has_work(self) -> bool:
@@ -111,8 +118,10 @@ class Engine:
         self._steps += 1
         output = StepOutput(self._steps)
         plan = self._scheduler.plan(started)
+        output.finished += self._scheduler.take_ended()
         if plan is not None:
-            self._flights.append(self._launch(plan))
+            output.started += self._announce(plan)
+            self._flights.append(self._launch(plan, started))
         if self._flights and (plan is None or len(self._flights) >= self._depth):
             self._land(output)
         while self._flights and self._flights[-1].error:  # nothing may be planned on top of it
@@ -132,14 +141,23 @@ class Engine:
             self._abandon(self._flights.popleft())
         self._executor.close()
 
-    def _launch(self, plan: Plan) -> Flight:
+    @staticmethod
+    def _announce(plan: Plan) -> list[int]:
+        fresh = [sequence for sequence in plan.admitted if not sequence.announced]
+        for sequence in fresh:
+            sequence.announced = True
+        return [sequence.request.sequence_id for sequence in fresh]
+
+    def _launch(self, plan: Plan, now_us: int) -> Flight:
+        if plan.copies:
+            self._executor.copy_blocks(plan.copies)
         for sequence in plan.admitted:
             self._packer.admit(sequence)
         for sequence in plan.grown:
             self._packer.grow(sequence)
         try:
             tickets = {flight.plan.step: flight.ticket for flight in self._flights if flight.ticket is not None}
-            return Flight(plan, self._executor.submit(self._packer.pack(plan.rows, tickets)))
+            return Flight(plan, self._executor.submit(self._packer.pack(plan.rows, tickets)), launched_us=now_us)
         except Exception as error:
             return Flight(plan, None, error)
 
@@ -152,15 +170,18 @@ class Engine:
             result = checked_result(flight.plan.rows, self._executor.collect(flight.ticket))
         except Exception as error:
             log.exception("a step of %d rows failed; running its rows again in halves", len(flight.plan.rows))
-            self._recover(flight.plan.rows, error, output)
+            self._recover(flight.plan, error, output)
         else:
             self._hopeless = 0
-            self._commit(flight.plan.rows, result, output)
+            now_us = self._clock_us()
+            self._scheduler.observe(flight.plan.work, now_us - max(flight.launched_us, self._collected_us))
+            self._collected_us = now_us
+            self._commit(flight.plan.step, flight.plan.rows, result, output)
 
-    def _commit(self, rows: list[Row], result: StepResult, output: StepOutput) -> None:
+    def _commit(self, step: int, rows: list[Row], result: StepResult, output: StepOutput) -> None:
         tokens = row_tokens(result)
         errors = {row: InternalError(f"the executor failed: {text}") for row, text in result.errors.items()}
-        accepted, finished = self._scheduler.commit(rows, tokens, errors)
+        accepted, finished = self._scheduler.commit(step, rows, tokens, errors)
         output.tokens += sequence_tokens(rows, accepted, tokens, result)
         output.finished += finished
         running = [i for i in accepted if rows[i].sequence.status is Status.RUNNING]
@@ -168,24 +189,25 @@ class Engine:
         for row, text in result.errors.items():
             log.error("request %s fails the executor: %s", rows[row].sequence.request.request_id, text)
 
-    def _recover(self, rows: list[Row], error: Exception, output: StepOutput) -> None:
+    def _recover(self, plan: Plan, error: Exception, output: StepOutput) -> None:
         """Undo the steps after a failed one, which may build on it, and run its rows again."""
         for later in reversed(self._flights):
-            self._scheduler.rollback(later.plan.rows)
+            self._scheduler.rollback(later.plan.step, later.plan.rows)
         while self._flights:
             self._abandon(self._flights.popleft())
-        self._scheduler.rollback(row for row in rows if row.sequence.status is not Status.RUNNING)
-        again = [row._replace(source=None) for row in rows if row.sequence.status is Status.RUNNING]
+        left = [row for row in plan.rows if row.sequence.status is not Status.RUNNING]
+        self._scheduler.rollback(plan.step, left)
+        again = [row._replace(source=None) for row in plan.rows if row.sequence.status is Status.RUNNING]
         if again:
-            all_failed = self._isolate(again, error, output) == len(again)
+            all_failed = self._isolate(plan.step, again, error, output) == len(again)
             self._hopeless = self._hopeless + 1 if all_failed else 0
         if self._hopeless == HOPELESS:
             raise error
 
-    def _isolate(self, rows: list[Row], error: Exception, output: StepOutput) -> int:
+    def _isolate(self, step: int, rows: list[Row], error: Exception, output: StepOutput) -> int:
         """Run each half of rows that failed together; returns how many of them fail even alone."""
         if len(rows) == 1:
-            self._commit(rows, failed_row(error), output)
+            self._commit(step, rows, failed_row(error), output)
             return 1
         failed = 0
         for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
@@ -193,9 +215,9 @@ class Engine:
                 ticket = self._executor.submit(self._packer.pack(half, {}))
                 result = checked_result(half, self._executor.collect(ticket))
             except Exception as cause:
-                failed += self._isolate(half, cause, output)
+                failed += self._isolate(step, half, cause, output)
             else:
-                self._commit(half, result, output)
+                self._commit(step, half, result, output)
         return failed
 
     def _abandon(self, flight: Flight) -> None:

@@ -2,6 +2,7 @@
 
 A full block is known by a digest chained over everything before it: SHA-256 of its predecessor's digest and its own
 tokens, beginning with the tenant, who is part of every name: no tenant finds, or can time, what another one computed.
+A salt, which a request may add, keeps it apart from others of its tenant.
 A digest only finds; tokens and predecessor are compared, so equal digests of different texts harm nobody.
 """
 
@@ -17,17 +18,20 @@ class Prefix(NamedTuple):
     block: int
     serial: int
     before: int  # serial of the predecessor; of a first block, 0
-    tenant: str
+    scope: tuple[str, str]
     tokens: bytes
 
 
 class Chain:
-    """The digests of one sequence's full blocks, as far as its tokens are known."""
+    """The digests of one sequence's full blocks, as far as its tokens are known.
 
-    def __init__(self, tenant: str, block_size: int):
-        self.tenant, self.block_size = tenant, block_size
+    Only chains of equal tenant and equal salt, which a request may choose to share less, have blocks in common.
+    """
+
+    def __init__(self, tenant: str, block_size: int, salt: str = ""):
+        self.scope, self.block_size = (tenant, salt), block_size
         name = tenant.encode()
-        self._root = sha256(len(name).to_bytes(8, "little") + name).digest()
+        self._root = sha256(len(name).to_bytes(8, "little") + name + salt.encode()).digest()
         self._links: list[tuple[bytes, bytes]] = []  # digest and tokens of each block
 
     def extend(self, tokens: Sequence[int]) -> None:
@@ -89,7 +93,7 @@ class Prefixes:
             return known.serial
         self._serial += 1
         self._alive.add(self._serial)
-        self._by_digest[digest] = Prefix(block, self._serial, before, chain.tenant, tokens)
+        self._by_digest[digest] = Prefix(block, self._serial, before, chain.scope, tokens)
         self._digests[block] = digest
         return self._serial
 
@@ -129,6 +133,6 @@ class Prefixes:
     def _known(self, chain: Chain, index: int, before: int) -> Prefix | None:
         digest, tokens = chain[index]
         prefix = self._by_digest.get(digest)
-        if prefix is None or (prefix.before, prefix.tenant, prefix.tokens) != (before, chain.tenant, tokens):
+        if prefix is None or (prefix.before, prefix.scope, prefix.tokens) != (before, chain.scope, tokens):
             return None
         return prefix

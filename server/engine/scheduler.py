@@ -1,22 +1,29 @@
 """What runs in the next step: a pure function of its state, the events and the clock given to it.
 
-No tensors, no threads, no wall clock, no randomness: the same events give the same plans. Events are
-`submit`, `cancel`, `commit` (a step came back) and `rollback` (a step is lost); `plan` answers with the next
-step. More than one step may be in flight: a row may then read a token that an earlier step still samples.
+No tensors, no threads, no wall clock, no randomness: the same events give the same plans. Events are `submit`,
+`cancel`, `commit` (a step came back), `rollback` (a step is lost) and `observe` (how long one took); `plan` answers
+with the next step, and `take_ended` with those that ended otherwise than by a token. More than one step may be in
+flight: a row may then read a token that an earlier step still samples.
 
-Order of service is order of arrival. Every running sequence arrived before every waiting one; when blocks
-run out the latest arrival gives way and starts over, so the oldest always advances: no livelock.
+In which order sequences are served stands in `queue`, who gives way in `preemption`, who may wait in `admission`, how
+much a step holds in `budget`.
 """
 
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 
+from millrace.server.engine.admission import Admission, unattainable
 from millrace.server.engine.blocks import BlockPool
+from millrace.server.engine.budget import Budget
+from millrace.server.engine.heap import Heap
 from millrace.server.engine.plan import Limits, Plan, Row
+from millrace.server.engine.preemption import Claim, cheapest
 from millrace.server.engine.prefixes import Chain, Prefix
-from millrace.server.engine.sequence import Sequence, SequenceFinished, SequenceRequest, Status
-from millrace.server.errors import ExceedsKVCapacity, FieldViolation, PromptTooLong, QueueFull, RequestError
-from millrace.server.types import FinishReason
+from millrace.server.engine.queue import Place, Queue, aged_rank, place
+from millrace.server.engine.sequence import Group, Sequence, SequenceFinished, SequenceRequest, Status
+from millrace.server.engine.step_time import StepTime, Work
+from millrace.server.engine.tenants import Tenant, Tenants
+from millrace.server.errors import DeadlineExceeded, QueueFull, QueueTimeout, RequestError
+from millrace.server.types import FinishReason, Priority
 
 
 class Scheduler:
@@ -24,14 +31,21 @@ class Scheduler:
         self.limits = limits
         self.pool = pool
         self.preemptions = 0
-        self.waiting_tokens = 0
+        self.step_time = StepTime()
+        self.tenants = Tenants()
+        self._queue = Queue(limits.ageing_us, limits.max_running_of_tenant)
+        self._admission = Admission(limits, pool, self._queue, self.tenants, self.step_time)
         self._arrivals = 0
         self._steps = 0
+        self._now_us = 0
         self._live: dict[int, Sequence] = {}
-        self._waiting: OrderedDict[int, Sequence] = OrderedDict()  # by arrival
-        self._running: list[Sequence] = []  # in order of arrival
+        self._running: list[Sequence] = []
+        self._ranks = [0] * len(Priority)  # how many of each class run
         self._leaving: dict[int, Sequence] = {}  # by arrival: off their lane, but a step in flight reads their blocks
         self._lanes = list(range(limits.lanes - 1, -1, -1))
+        self._flights: dict[int, int] = {}  # step -> its rows that did not come back
+        self._ends: Heap[Sequence] = Heap()  # by the time at which they are over
+        self._ended: list[SequenceFinished] = []  # to be told
 
     @property
     def running(self) -> int:
@@ -39,63 +53,82 @@ class Scheduler:
 
     @property
     def waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._queue)
+
+    @property
+    def waiting_tokens(self) -> int:
+        return self._queue.tokens
 
     @property
     def has_work(self) -> bool:
-        return bool(self._live)
+        return bool(self._live or self._ended)
 
     def submit(self, *requests: SequenceRequest, now_us: int) -> None:
         """Queue the choices of one request, all of them or none.
 
-        Raises PromptTooLong, ExceedsKVCapacity, QueueFull; ValueError on a live sequence_id.
+        Raises PromptTooLong, ExceedsKVCapacity, QueueFull, TenantQueueFull, DeadlineUnattainable; ValueError on a live
+        sequence_id.
         """
+        self._advance(now_us)
         for request in requests:
             if request.sequence_id in self._live:
                 raise ValueError(f"sequence {request.sequence_id} is live already")
-            self._check_size(len(request.prompt_ids), self._limit(request))
-        self._check_queue(len(requests), sum(len(request.prompt_ids) for request in requests))
-        for request in requests:
-            tokens, limit = len(request.prompt_ids), self._limit(request)
-            self._arrivals += 1
-            chain = Chain(request.tenant, self.pool.block_size) if self.limits.prefix_caching else None
-            sequence = Sequence(
-                request, self._arrivals, now_us, prompt_len=tokens, limit=limit, length=tokens, chain=chain
-            )
-            self._live[request.sequence_id] = sequence
-            self._waiting[sequence.arrival] = sequence
-            self.waiting_tokens += tokens
+            self._admission.check_size(request)
+        first = requests[0]
+        tenant = self.tenants.enter(first.tenant, first.tenant_weight, len(requests))
+        group = Group()
+        try:
+            group.members = [self._sequence(request, tenant, group) for request in requests]
+            self._admission.check_deadline(group.members[0], self.running)
+            shed = self._admission.make_room(requests, tenant)
+        except RequestError:
+            for _ in requests:
+                self.tenants.leave(tenant)
+            raise
+        for other in shed:
+            self._shed(other)
+        group.held = group.members[1:]
+        for sequence in group.members:
+            self._live[sequence.request.sequence_id] = sequence
+            self._queue.put(sequence, held=sequence is not group.members[0])
+            self._note_end(sequence)
 
     def cancel(self, sequence_id: int) -> None:
         """End a sequence without a word. An unknown one is ignored: a finish and a cancel may cross."""
         sequence = self._live.get(sequence_id)
         if sequence is not None:
             self._end(sequence)
+        self._ended = [finished for finished in self._ended if finished.sequence_id != sequence_id]
+
+    def take_ended(self) -> list[SequenceFinished]:
+        """The last words, since the last call, of those whose time was over or whose place another one took."""
+        ended, self._ended = self._ended, []
+        return ended
 
     def plan(self, now_us: int) -> Plan | None:
-        """The next step, or None if nothing can run: decodes, then prefill chunks, then arrivals."""
+        """The next step, or None if nothing can run: decodes, then prompts and arrivals in the order of service."""
+        self._advance(now_us)
+        self._end_expired()
+        self._queue.age(self._now_us)
         plan = Plan(self._steps + 1)
-        prefilling = self._plan_decodes(plan)
-        budget = self.limits.max_num_batched_tokens - len(plan.rows)
-        for sequence in prefilling:
-            if budget and sequence.status is Status.RUNNING:
-                budget -= self._plan_chunk(plan, sequence, budget)
-        while budget and (arrival := self._admit(now_us)) is not None:
-            plan.admitted.append(arrival)
-            budget -= self._plan_chunk(plan, arrival, budget)
+        self._admit_outranking(plan)
+        self._plan_prompts(plan, self._plan_decodes(plan))
         if not plan.rows:
             return None
         self._steps += 1
+        self._flights[plan.step] = len(plan.rows)
         return plan
 
     def commit(
-        self, rows: Iterable[Row], tokens: Iterable[int], errors: Mapping[int, RequestError]
+        self, step: int, rows: Iterable[Row], tokens: Iterable[int], errors: Mapping[int, RequestError]
     ) -> tuple[list[int], list[SequenceFinished]]:
-        """Take the results of rows in flight: a token for each that samples (the others' mean nothing), or an error.
+        """Take the results of rows of a step: a token for each that samples (the others' mean nothing), or an error.
 
         Returns the indices of the rows whose token counts, and the sequences that ended. The rows of a
-        sequence that ended or was cancelled meanwhile are dropped.
+        sequence that ended or was cancelled meanwhile are dropped. ValueError for rows that are not in flight.
         """
+        rows = list(rows)
+        self._arrive(step, len(rows))
         accepted: list[int] = []
         finished: list[SequenceFinished] = []
         for index, (row, token) in enumerate(zip(rows, tokens, strict=True)):
@@ -107,22 +140,22 @@ class Scheduler:
                 self._end(sequence)
                 finished.append(sequence.finished(None, error=errors[index]))
                 continue
-            if sequence.status is Status.RUNNING and row.end // self.pool.block_size > sequence.published:
-                self._publish(sequence, row.end)
+            if sequence.status is Status.RUNNING:
+                self._computed(sequence, row.end)
             if row.samples:
                 accepted.append(index)
                 sequence.pending -= 1
                 sequence.output.append(token)
                 if token in sequence.request.stop_token_ids:
-                    self._end(sequence)
-                    finished.append(sequence.finished(FinishReason.STOP, token))
+                    finished.append(self._complete(sequence, FinishReason.STOP, token))
                 elif sequence.prompt_len + len(sequence.output) == sequence.limit:
-                    self._end(sequence)
-                    finished.append(sequence.finished(self._limit_reason(sequence)))
+                    finished.append(self._complete(sequence, self._limit_reason(sequence)))
         return accepted, finished
 
-    def rollback(self, rows: Iterable[Row]) -> None:
+    def rollback(self, step: int, rows: Iterable[Row]) -> None:
         """Undo rows that will never come back; the latest step first. Their tokens are planned again."""
+        rows = list(rows)
+        self._arrive(step, len(rows))
         for sequence, start, _, samples, _ in rows:
             self._land(sequence)
             if samples:
@@ -131,151 +164,293 @@ class Scheduler:
             if sequence.status is Status.RUNNING:
                 sequence.scheduled = start
 
+    def observe(self, work: Work, elapsed_us: int) -> None:
+        """A step of that work took that long."""
+        self.step_time.observe(work, elapsed_us)
+
     def check(self) -> None:
         """Raise AssertionError unless every invariant holds. Costs time in proportion to everything live."""
-        running, waiting, leaving = self._running, list(self._waiting.values()), list(self._leaving.values())
+        running, waiting, leaving = self._running, list(self._queue), list(self._leaving.values())
         self.pool.check(sequence.blocks for sequence in running + leaving)
+        self._queue.check()
         for sequence in running + waiting:
             sequence.check()
-        order = [sequence.arrival for sequence in running + waiting]
         lanes = [sequence.lane for sequence in running]
         capacity = self.pool.block_size
+        tenants = {s.tenant for s in self._live.values()}
         facts = {
-            "service is in order of arrival": order == sorted(order),
             "lanes are held once": sorted(lanes + self._lanes) == list(range(self.limits.lanes)),
             "the live are running or waiting": {id(s) for s in running + waiting} == set(map(id, self._live.values())),
             "the waiting hold no lane": all(s.lane == -1 for s in waiting + leaving),
             "the leaving are in flight": all(s.in_flight and s.status is not Status.RUNNING for s in leaving),
             "blocks cover what is scheduled": all(s.scheduled <= capacity * len(s.blocks) for s in running),
-            "what others may find is computed": all(s.published * capacity <= s.scheduled for s in running),
-            "waiting tokens add up": self.waiting_tokens == sum(s.prompt_len for s in waiting),
+            "what others may find is computed": all(s.published * capacity <= s.computed for s in running),
+            "what is computed was scheduled": all(s.computed <= s.scheduled for s in running),
+            "tenants are counted": all(
+                (t.live, t.queued, t.running, t.blocks)
+                == (
+                    sum(s.tenant is t for s in self._live.values()),
+                    sum(s.tenant is t for s in waiting),
+                    sum(s.tenant is t for s in running),
+                    sum(len(s.blocks) for s in running if s.tenant is t),
+                )
+                for t in tenants
+            ),
+            "the active are those with live sequences": self.tenants.active == len(tenants),
+            "ranks are counted": self._ranks == [sum(s.rank == rank for s in running) for rank in Priority],
+            "ends are those of the live": all(s.request.sequence_id in self._live for s in self._ends),
         }
         for fact, holds in facts.items():
             if not holds:
                 raise AssertionError(f"violated: {fact}")
 
-    def _limit(self, request: SequenceRequest) -> int:
-        return min(len(request.prompt_ids) + request.max_output_tokens, self.limits.max_model_len)
+    def _advance(self, now_us: int) -> None:
+        self._now_us = max(self._now_us, now_us)  # time that runs backwards stands still
 
-    def _check_size(self, tokens: int, limit: int) -> None:
-        longest = self.limits.max_model_len - 1  # one token of output at least
-        if tokens > longest:
-            raise PromptTooLong(
-                f"the prompt has {tokens} tokens, the model takes {longest}; shorten it or set truncate_prompt_tokens",
-                metadata={"prompt_tokens": str(tokens), "limit": str(longest)},
-            )
-        needed = self.pool.blocks_for(limit - 1)
-        if needed > self.pool.total:
-            text = (
-                f"prompt and output need {needed} KV blocks of {self.pool.block_size} tokens, {self.pool.total} exist"
-            )
-            raise ExceedsKVCapacity(
-                f"{text}; lower max_output_tokens",
-                violations=[FieldViolation("stopping.max_output_tokens", text)],
-                metadata={"blocks_needed": str(needed), "blocks_total": str(self.pool.total)},
-            )
+    def _sequence(self, request: SequenceRequest, tenant: Tenant, group: Group) -> Sequence:
+        tokens, cache = len(request.prompt_ids), request.cache
+        shares = self.limits.prefix_caching and (cache.read or cache.write)
+        self._arrivals += 1
+        sequence = Sequence(
+            request,
+            tenant,
+            group,
+            self._arrivals,
+            self._now_us,
+            prompt_len=tokens,
+            limit=min(tokens + request.max_output_tokens, self.limits.max_model_len),
+            length=tokens,
+            rank=request.priority,
+            deadline_us=None if request.deadline_us is None else self._now_us + request.deadline_us,
+            chain=Chain(request.tenant, self.pool.block_size, cache.salt) if shares else None,
+        )
+        sequence.expected_output = self._admission.expect(sequence)
+        return sequence
 
-    def _check_queue(self, count: int, tokens: int) -> None:
-        waiting = len(self._waiting)
-        too_many = waiting + count > self.limits.max_queued_requests
-        # A request that exceeds a bound by itself may wait alone; it would never be served otherwise.
-        if waiting and (too_many or self.waiting_tokens + tokens > self.limits.max_queued_tokens):
-            raise QueueFull(
-                f"{waiting} sequences of {self.waiting_tokens} prompt tokens wait already; retry later",
-                metadata={"waiting_sequences": str(waiting), "waiting_tokens": str(self.waiting_tokens)},
-            )
+    def _note_end(self, sequence: Sequence) -> None:
+        end_us = sequence.end_us
+        if end_us is None:
+            self._ends.remove(sequence)
+        else:
+            self._ends.put(sequence, (end_us, sequence.arrival))
+
+    def _end_expired(self) -> None:
+        while (sequence := self._ends.first()) is not None and self._ends.key(sequence)[0] <= self._now_us:
+            self._end(sequence)
+            self._ended.append(self._out_of_time(sequence))
+
+    def _out_of_time(self, sequence: Sequence) -> SequenceFinished:
+        request, age_us = sequence.request, self._now_us - sequence.arrival_us
+        if request.deadline_us is not None and age_us >= request.deadline_us:
+            text = f"the deadline passed after {request.deadline_us / 1e6:g} s"
+            return sequence.finished(None, error=DeadlineExceeded(text))
+        if request.time_limit_us is not None and age_us >= request.time_limit_us:
+            return sequence.finished(FinishReason.TIME_LIMIT)
+        text = f"it did not run within its queue_timeout of {(request.queue_timeout_us or 0) / 1e6:g} s; retry later"
+        return sequence.finished(None, error=QueueTimeout(text))
+
+    def _shed(self, group: Group) -> None:
+        for sequence in group.members:
+            if sequence.status is Status.WAITING:
+                self._end(sequence)
+                text = "a request of a higher class needed the room; retry later"
+                self._ended.append(sequence.finished(None, error=QueueFull(text)))
 
     def _plan_decodes(self, plan: Plan) -> list[Sequence]:
         """Plan one token for every sequence that lacks just one; return those that lack more."""
         prefilling: list[Sequence] = []
+        decoding: list[Sequence] = []
+        growing: list[Sequence] = []
         block_size = self.pool.block_size
-        for sequence in self._running:  # preemption shortens it from the end
+        for sequence in self._running:
             if sequence.length - sequence.scheduled > 1:
                 prefilling.append(sequence)
             elif sequence.pending == 0 or self._may_decode_ahead(sequence):
+                decoding.append(sequence)
                 if sequence.scheduled == len(sequence.blocks) * block_size:
-                    if not self._grow(sequence):
-                        continue
-                    plan.grown.append(sequence)
+                    growing.append(sequence)
+        waits = self._grow(plan, growing) if growing else ()
+        for sequence in decoding:
+            if sequence.status is Status.RUNNING and sequence not in waits:
                 self._add(plan, sequence, 1)
         plan.decode_tokens = len(plan.rows)
-        return prefilling
+        return [sequence for sequence in prefilling if sequence.status is Status.RUNNING]
 
     @staticmethod
     def _may_decode_ahead(sequence: Sequence) -> bool:
         """Not beyond the end, and not past a token that sampling must know: a row can name only its last one."""
         return sequence.length < sequence.limit and (sequence.pending == 1 or not sequence.needs_history)
 
-    def _plan_chunk(self, plan: Plan, sequence: Sequence, budget: int) -> int:
-        count = min(budget, sequence.length - sequence.scheduled)
+    def _plan_prompts(self, plan: Plan, prefilling: list[Sequence]) -> None:
+        """Chunks of prompts, begun or waiting, in the order of service until the step is full."""
+        budget = Budget(self.limits, self.step_time, plan.work)
+        begun = sorted(prefilling, key=self._aged_place, reverse=True)
+        full = False
+        while budget.tokens > 0:
+            arrival = None if full else self._queue.first()
+            if arrival is not None and not (begun and self._aged_place(begun[-1]) < place(arrival)):
+                if self._is_too_late(arrival):
+                    continue
+                if self._admit(plan, arrival):
+                    self._plan_chunk(plan, arrival, budget)
+                    continue
+                full = True
+            if not begun:
+                return
+            self._plan_chunk(plan, begun.pop(), budget)
+
+    def _aged_place(self, sequence: Sequence) -> Place:
+        """Of one that runs: it grows older like those that wait."""
+        return aged_rank(sequence, self._now_us, self.limits.ageing_us), *place(sequence)[1:]
+
+    def _plan_chunk(self, plan: Plan, sequence: Sequence, budget: Budget) -> None:
+        count = budget.take(sequence)
         self._add(plan, sequence, count)
         plan.prefill_tokens += count
-        return count
 
-    @staticmethod
-    def _add(plan: Plan, sequence: Sequence, count: int) -> None:
+    def _add(self, plan: Plan, sequence: Sequence, count: int) -> None:
         start, end = sequence.scheduled, sequence.scheduled + count
         samples = end == sequence.length
         plan.rows.append(Row(sequence, start, end, samples, sequence.source if sequence.pending else None))
+        plan.attention += count * (start + end + 1) // 2
         sequence.scheduled = end
         sequence.in_flight += 1
+        if end > sequence.charged:
+            self._charge(sequence, end)
         if samples:
             sequence.source = (plan.step, len(plan.rows) - 1)
             sequence.pending += 1
             sequence.length += 1
 
-    def _grow(self, sequence: Sequence) -> bool:
-        """Give a running sequence one more block; False if it must wait for blocks, or gave way itself."""
-        while self.pool.free == 0:
-            if self._leaving:
-                return False  # blocks come back with the steps in flight
-            victim = self._running[-1]
-            self._preempt(victim)
-            if victim is sequence:
-                return False
-        sequence.blocks += self.pool.allocate(1)
+    @staticmethod
+    def _charge(sequence: Sequence, end: int) -> None:
+        """What was computed before, and gave way, costs nothing again."""
+        prompt = max(0, min(end, sequence.prompt_len) - sequence.charged)
+        sequence.tenant.charge(prompt, end - sequence.charged - prompt)
+        sequence.charged = end
+
+    def _grow(self, plan: Plan, growing: list[Sequence]) -> list[Sequence]:
+        """Give each a block; return those that must wait for blocks that come back with the steps in flight."""
+        for index, sequence in enumerate(growing):
+            while sequence.status is Status.RUNNING and self.pool.free == 0:
+                if self._leaving:
+                    return growing[index:]
+                self._preempt(plan, cheapest(self._running))
+            if sequence.status is Status.RUNNING:
+                sequence.blocks += self.pool.allocate(1)
+                sequence.tenant.blocks += 1
+                plan.grown.append(sequence)
+        return []
+
+    def _admit_outranking(self, plan: Plan) -> None:
+        """Let running sequences give way to the first in the queue, if it has the better claim and lacks the room."""
+        arrival = self._queue.first()
+        if arrival is None or self._leaving or arrival.in_flight or (self._lanes and self._fits(arrival)):
+            return
+        needed = self.pool.blocks_for(arrival.length)
+        claim = Claim(arrival, needed, self.tenants, self.pool.total, self.limits.lanes)
+        if not claim.is_modest and not any(self._ranks[arrival.rank + 1 :]):
+            return
+        free, lanes = self.pool.free, len(self._lanes)
+        victims = claim.victims(self._running)
+        for count, victim in enumerate(victims, 1):
+            free += self.pool.freed_by(victim.blocks)
+            if free >= needed + self.running - count and lanes + count:
+                for one in victims[:count]:
+                    self._preempt(plan, one)
+                self._admit(plan, arrival)
+                return
+
+    def _is_too_late(self, arrival: Sequence) -> bool:
+        """End an arrival that would miss its deadline if it ran from now on."""
+        if arrival.deadline_us is None or arrival.group.started:
+            return False
+        left, takes = arrival.deadline_us - self._now_us, self._admission.alone_us(arrival)
+        if takes <= left:
+            return False
+        self._end(arrival)
+        self._ended.append(arrival.finished(None, error=unattainable(0, takes, left)))
         return True
 
-    def _admit(self, now_us: int) -> Sequence | None:
-        """Start the sequence that has waited longest, with blocks for all its tokens so far, if they are free."""
-        if not self._waiting or not self._lanes:
-            return None
-        sequence = next(iter(self._waiting.values()))
+    def _fits(self, arrival: Sequence) -> bool:
+        return self.pool.blocks_for(arrival.length) + self.running <= self.pool.free
+
+    def _admit(self, plan: Plan, sequence: Sequence) -> bool:
+        """Start a sequence, with blocks for all its tokens so far, if there is room."""
         # One block at least is needed beside what may be found, which is not looked for in vain at every step.
-        if sequence.in_flight or self.pool.free <= len(self._running):
-            return None
+        if not self._lanes or sequence.in_flight or self.pool.free <= self.running:
+            return False
+        donor = sequence.donor
         found = self._find_prefix(sequence)
-        shared = [prefix.block for prefix in found]
+        shared = (
+            donor.blocks[: (sequence.prompt_len - 1) // self.pool.block_size] if donor else [p.block for p in found]
+        )
         needed = self.pool.blocks_for(sequence.length) - len(shared)
         # A block for each of the others keeps an arrival from being preempted as soon as it has started, and
         # one that has just given way from coming back in the same step.
-        if needed + self.pool.unowned(shared) + len(self._running) > self.pool.free:
-            return None
-        self._unqueue(sequence)
+        if needed + self.pool.unowned(shared) + self.running > self.pool.free:
+            return False
+        self._queue.remove(sequence)
         sequence.status = Status.RUNNING
         sequence.lane = self._lanes.pop()
         self.pool.share(shared)
         sequence.blocks = shared + self.pool.allocate(needed)
         sequence.scheduled = len(shared) * self.pool.block_size
-        sequence.published, sequence.last_prefix = len(found), found[-1].serial if found else 0
+        if donor:
+            self._copy_rest(plan, donor, sequence, len(shared))
+        sequence.computed = sequence.scheduled
+        sequence.charged = max(sequence.charged, sequence.scheduled)
+        sequence.published = len(shared)
+        sequence.last_prefix = found[-1].serial if found else 0 if not shared else None
+        sequence.tenant.running += 1
+        sequence.tenant.blocks += len(sequence.blocks)
         if sequence.queue_us is None:
-            sequence.queue_us = now_us - sequence.arrival_us
-            sequence.cached_prompt_tokens = sequence.scheduled
+            self._note_start(sequence, 0 if donor else sequence.scheduled)
+        self._ranks[sequence.rank] += 1
         self._running.append(sequence)
-        return sequence
+        plan.admitted.append(sequence)
+        return True
+
+    def _copy_rest(self, plan: Plan, donor: Sequence, sequence: Sequence, shared: int) -> None:
+        """A choice that begins computes the last token of the prompt, and copies what its block holds before it."""
+        last = sequence.prompt_len - 1
+        if last > sequence.scheduled:
+            plan.copies.append((donor.blocks[shared], sequence.blocks[shared]))
+            sequence.scheduled = last
+
+    def _note_start(self, sequence: Sequence, cached: int) -> None:
+        sequence.queue_us = self._now_us - sequence.arrival_us
+        sequence.cached_prompt_tokens = cached
+        group = sequence.group
+        if not group.started:
+            group.started = True
+            self._queue.started(group.members)
+            for member in group.members:
+                if member.status is not Status.FINISHED:
+                    self._note_end(member)
 
     def _find_prefix(self, sequence: Sequence) -> list[Prefix]:
         """Blocks that hold its first tokens already; one token at least is left, to sample from."""
-        if sequence.chain is None:
+        if sequence.chain is None or not sequence.request.cache.read:
             return []
         full = (sequence.length - 1) // self.pool.block_size
         sequence.extend_chain(sequence.chain, full)
         return self.pool.prefixes.find(sequence.chain, full)
 
+    def _computed(self, sequence: Sequence, end: int) -> None:
+        """The keys and values of the first `end` tokens are there: for others of the tenant, and for other choices."""
+        sequence.computed = end
+        if end // self.pool.block_size > sequence.published:
+            self._publish(sequence, end)
+        if end >= sequence.prompt_len and sequence.group.held:
+            for choice in sequence.group.held:
+                self._queue.let_go(choice)
+            sequence.group.held = []
+
     def _publish(self, sequence: Sequence, end: int) -> None:
-        """Others may find the full blocks among the first `end` tokens: their keys and values are computed."""
+        """Others may find the full blocks among the first `end` tokens."""
         full = end // self.pool.block_size
-        if sequence.chain is not None:
+        if sequence.chain is not None and sequence.request.cache.write:
             sequence.extend_chain(sequence.chain, full)
             for index in range(sequence.published, full):
                 if sequence.last_prefix is None:
@@ -284,36 +459,57 @@ class Scheduler:
                 sequence.last_prefix = self.pool.publish(sequence.chain, index, sequence.last_prefix, block)
         sequence.published = full
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _preempt(self, plan: Plan, sequence: Sequence) -> None:
+        plan.drop(sequence)
         self._stop_running(sequence)
         sequence.status = Status.WAITING
-        sequence.scheduled = 0
+        sequence.scheduled = sequence.computed = 0
         sequence.preemptions += 1
         self.preemptions += 1
-        self._waiting[sequence.arrival] = sequence
-        self._waiting.move_to_end(sequence.arrival, last=False)
-        self.waiting_tokens += sequence.prompt_len
+        self._queue.put(sequence)
+
+    def _complete(self, sequence: Sequence, reason: FinishReason, stop_token_id: int | None = None) -> SequenceFinished:
+        self._end(sequence)
+        self._admission.ended(sequence)
+        return sequence.finished(reason, stop_token_id)
 
     def _end(self, sequence: Sequence) -> None:
+        group = sequence.group
         if sequence.status is Status.RUNNING:
             self._stop_running(sequence)
         else:
-            self._unqueue(sequence)
+            self._queue.remove(sequence)
         sequence.status = Status.FINISHED
         del self._live[sequence.request.sequence_id]
-
-    def _unqueue(self, sequence: Sequence) -> None:
-        del self._waiting[sequence.arrival]
-        self.waiting_tokens -= sequence.prompt_len
+        self._ends.remove(sequence)
+        self.tenants.leave(sequence.tenant)
+        if sequence in group.held:
+            group.held.remove(sequence)
+        elif group.held:  # it computed the prompt for the others
+            self._queue.let_go(group.held.pop(0))
 
     def _stop_running(self, sequence: Sequence) -> None:
+        tenant = sequence.tenant
         self._running.remove(sequence)
+        self._ranks[sequence.rank] -= 1
         self._lanes.append(sequence.lane)
         sequence.lane = -1
+        tenant.running -= 1
+        tenant.blocks -= len(sequence.blocks)
+        self._queue.admissible(tenant)
         if sequence.in_flight:
             self._leaving[sequence.arrival] = sequence
         else:
             self._release(sequence)
+
+    def _arrive(self, step: int, rows: int) -> None:
+        left = self._flights.get(step, 0) - rows
+        if left < 0:
+            raise ValueError(f"{rows} rows of step {step} come back, {left + rows} are in flight")
+        if left:
+            self._flights[step] = left
+        else:
+            self._flights.pop(step, None)
 
     def _land(self, sequence: Sequence) -> None:
         """One row less in flight; with the last one the blocks of a sequence that left are free."""

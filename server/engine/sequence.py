@@ -6,13 +6,18 @@ from enum import Enum, auto
 from typing import NamedTuple
 
 from millrace.server.engine.prefixes import Chain
+from millrace.server.engine.tenants import Tenant
 from millrace.server.errors import RequestError
-from millrace.server.types import FinishReason, Sampling
+from millrace.server.types import CachePolicy, FinishReason, Priority, Sampling
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SequenceRequest:
-    """One choice of one request. `sequence_id` is the caller's, never reused; ids are below the vocabulary size."""
+    """One choice of one request. `sequence_id` is the caller's, never reused; ids are below the vocabulary size.
+
+    The times count from submission, in microseconds; None: no such limit. `queue_timeout_us`: it is turned away if it
+    does not run by then; `time_limit_us`: it ends there with what it has; `deadline_us`: an answer is of no use later.
+    """
 
     sequence_id: int
     request_id: str
@@ -24,6 +29,13 @@ class SequenceRequest:
     min_output_tokens: int = 0  # no stop token before this many
     stop_token_ids: frozenset[int] = frozenset()
     logprobs_top_n: int | None = None  # None: no log-probabilities
+    priority: Priority = Priority.NORMAL
+    tenant_weight: float = 1.0
+    queue_timeout_us: int | None = None
+    time_limit_us: int | None = None
+    deadline_us: int | None = None
+    cache: CachePolicy = field(default_factory=CachePolicy)
+    watched: bool = False  # its text may end it at any token
 
 
 class SequenceToken(NamedTuple):
@@ -38,7 +50,10 @@ class SequenceToken(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SequenceFinished:
-    """The last word of a sequence: a reason, or the error that ended it. A cancelled sequence has none."""
+    """The last word of a sequence: a reason, or the error that ended it. A cancelled sequence has none.
+
+    `started`: it, or another choice of its request, ran.
+    """
 
     sequence_id: int
     reason: FinishReason | None
@@ -47,12 +62,22 @@ class SequenceFinished:
     queue_us: int = 0
     preemptions: int = 0
     cached_prompt_tokens: int = 0
+    started: bool = True
 
 
 class Status(Enum):
     WAITING = auto()
     RUNNING = auto()
     FINISHED = auto()
+
+
+class Group:
+    """The sequences of one request, which are queued together and turned away together."""
+
+    def __init__(self) -> None:
+        self.members: list[Sequence] = []
+        self.held: list[Sequence] = []  # until another one has computed the prompt
+        self.started = False  # one of them ran
 
 
 @dataclass(slots=True, eq=False)
@@ -66,21 +91,29 @@ class Sequence:
     """
 
     request: SequenceRequest
-    arrival: int  # place in the order of service
+    tenant: Tenant
+    group: Group
+    arrival: int
     arrival_us: int
     prompt_len: int
     limit: int
     length: int
+    rank: int  # class of priority, 0 the first; waiting improves it
+    deadline_us: int | None = None
     status: Status = Status.WAITING
     output: list[int] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
     scheduled: int = 0
+    computed: int = 0  # those of them whose steps are done
     pending: int = 0
     in_flight: int = 0  # rows of steps that are not collected
     source: tuple[int, int] = (0, 0)  # step and row that sample the newest pending token
     lane: int = -1  # index among the running
     queue_us: int | None = None  # None: never served
+    announced: bool = False  # that it runs
     preemptions: int = 0
+    charged: int = 0  # its first tokens that count in the tenant's service
+    expected_output: int = 0  # tokens that the queue reckons with
     cached_prompt_tokens: int = 0  # found when it was first served
     chain: Chain | None = None  # None: its blocks are not shared
     published: int = 0  # its first blocks that others may find
@@ -92,6 +125,27 @@ class Sequence:
         if start < end:
             prompt, output = self.request.prompt_ids[start:end], self.output[max(0, start - self.prompt_len) :]
             chain.extend([*prompt, *output][: end - start])
+
+    @property
+    def donor(self) -> "Sequence | None":
+        """Another choice that runs and has the keys and values of the prompt, for one that has not begun."""
+        if self.output or self.pending:
+            return None
+        return next((s for s in self.group.members if s.status is Status.RUNNING and s.computed >= s.prompt_len), None)
+
+    @property
+    def least_output(self) -> int:
+        """Tokens that it yields at least, whatever they are."""
+        ends_by_itself = self.request.stop_token_ids or self.request.watched
+        return max(1, self.request.min_output_tokens) if ends_by_itself else self.limit - self.prompt_len
+
+    @property
+    def end_us(self) -> int | None:
+        """When it is over, however far it has come."""
+        request = self.request
+        waits = None if self.group.started else request.queue_timeout_us
+        ends = [t for t in (waits, request.time_limit_us, request.deadline_us) if t is not None]
+        return self.arrival_us + min(ends) if ends else None
 
     @property
     def needs_history(self) -> bool:
@@ -110,6 +164,7 @@ class Sequence:
             self.queue_us or 0,
             self.preemptions,
             self.cached_prompt_tokens,
+            self.group.started,
         )
 
     def check(self) -> None:

@@ -9,7 +9,8 @@ from engine_fakes import make_request
 from millrace.server.engine import batch as module
 from millrace.server.engine.batch import BatchPacker, RaggedTable
 from millrace.server.engine.plan import Row
-from millrace.server.engine.sequence import Sequence
+from millrace.server.engine.sequence import Group, Sequence
+from millrace.server.engine.tenants import Tenant
 from millrace.server.model.executors.base import Output
 from millrace.server.types import Sampling
 
@@ -41,7 +42,20 @@ def random_sequence(r, sequence_id, lane, block_size):
     tokens = [r.randrange(VOCABULARY) for _ in range(output)]
     blocks = r.sample(range(500), -(-(prompt + output + 2) // block_size))
     length = prompt + output
-    return Sequence(request, sequence_id, 0, prompt, 10**6, length, output=tokens, blocks=blocks, lane=lane)
+    return Sequence(
+        request,
+        Tenant("tenant", 1),
+        Group(),
+        arrival=sequence_id,
+        arrival_us=0,
+        prompt_len=prompt,
+        limit=10**6,
+        length=length,
+        rank=1,
+        output=tokens,
+        blocks=blocks,
+        lane=lane,
+    )
 
 
 def random_row(r, sequence):

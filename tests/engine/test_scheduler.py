@@ -27,7 +27,7 @@ def spans(plan):
 
 
 def commit(scheduler, plan, token=7):
-    result = scheduler.commit(plan.rows, [token] * len(plan.rows), {})
+    result = scheduler.commit(plan.step, plan.rows, [token] * len(plan.rows), {})
     scheduler.check()
     return result
 
