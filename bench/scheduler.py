@@ -53,6 +53,7 @@ def step_us(running: int, waiting: int, steps: int) -> float:
         max_num_batched_tokens=65_536,
         max_queued_requests=running + waiting,
         max_queued_tokens=10**9,
+        max_step_time=0,
     )
     engine = Engine(NullExecutor(blocks), info, config)  # type: ignore[arg-type]  # only what a step needs
     for sequence_id in range(running + waiting):

@@ -89,7 +89,9 @@ class EngineConfig(Component):
         None, ge=1, le=4096, description="sequences of one tenant that run at once (default: all that can)"
     )
     max_queued_requests: int = Field(1024, ge=1, description="sequences that wait, at most")
-    max_queued_requests_per_tenant: int = Field(512, ge=1, description="sequences of one tenant that wait, at most")
+    max_queued_requests_per_tenant: int | None = Field(
+        None, ge=1, description="sequences of one tenant that wait, at most (default: all that may)"
+    )
     max_queued_tokens: int = Field(1_048_576, ge=1, description="prompt tokens that wait, at most")
     num_threads: int | None = Field(None, ge=1, le=1024, description="compute threads (default: one per core)")
     first_core: int = Field(

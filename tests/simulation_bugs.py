@@ -66,20 +66,17 @@ def one_block_too_few_at_a_boundary(world: World) -> None:
 
 
 def a_stop_is_missed_while_the_next_token_is_on_its_way(world: World) -> None:
-    method = world.scheduler.commit
-
-    def commit(step: int, rows: Any, tokens: Any, errors: Any) -> Any:
-        missed = {row.sequence: row.sequence.request for row in rows if row.sequence.pending > 1}
+    def commit(method: Any, step: int, rows: Any, tokens: Any, errors: Any) -> Any:
+        missed = {row.sequence: row.sequence.stop_token_ids for row in rows if row.sequence.pending > 1}
         for sequence in missed:
-            fields = {name: getattr(sequence.request, name) for name in sequence.request.__slots__}
-            sequence.request = type(sequence.request)(**{**fields, "stop_token_ids": frozenset()})
+            sequence.stop_token_ids = frozenset()
         try:
             return method(step, rows, tokens, errors)
         finally:
-            for sequence, request in missed.items():
-                sequence.request = request
+            for sequence, stops in missed.items():
+                sequence.stop_token_ids = stops
 
-    world.scheduler.commit = commit  # type: ignore[method-assign]
+    around(world.scheduler, "commit", commit)
 
 
 def a_cancelled_one_that_was_turned_away_has_a_last_word(world: World) -> None:
@@ -115,7 +112,7 @@ def the_least_class_comes_first(world: World) -> None:
 
 
 def service_is_not_charged(world: World) -> None:
-    around(world.scheduler, "_charge", lambda method, sequence, end: setattr(sequence, "charged", end))
+    around(world.scheduler, "_charge", lambda method, sequence, start, end: None)
 
 
 def recomputed_tokens_are_charged(world: World) -> None:

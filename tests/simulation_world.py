@@ -249,7 +249,6 @@ class World:
             assert request.time_limit_us <= age
         elif word == "QueueFull":
             assert not finished.started
-            assert request.priority is not Priority.HIGH
         else:
             assert word == "InternalError"
 

@@ -50,7 +50,7 @@ class Admission:
             )
 
     def make_room(self, requests: Sequence[SequenceRequest], tenant: Tenant) -> list[Group]:
-        """The requests to turn away so that this one may wait: of lesser classes, none of which has begun.
+        """The requests to turn away so that this one may wait, none of which has begun: see `Queue.displaceable`.
 
         Raises QueueFull or TenantQueueFull. A request that exceeds a bound by itself may wait alone; it would never
         be served otherwise.
@@ -66,7 +66,7 @@ class Admission:
             )
         waiting, waiting_tokens = len(queue), queue.tokens
         shed: list[Group] = []
-        latest = queue.latest_below(requests[0].priority)
+        latest = queue.displaceable(tenant, requests[0].priority, limits.max_queued_requests)
         while waiting and (
             waiting + count > limits.max_queued_requests or waiting_tokens + tokens > limits.max_queued_tokens
         ):

@@ -71,7 +71,7 @@ class Engine:
             max_queued_requests=config.max_queued_requests,
             max_queued_tokens=config.max_queued_tokens,
             prefix_caching=config.prefix_caching,
-            max_queued_of_tenant=config.max_queued_requests_per_tenant,
+            max_queued_of_tenant=config.max_queued_requests_per_tenant or MANY,
             max_running_of_tenant=config.max_num_seqs_per_tenant or MANY,
             max_step_us=round(1e6 * config.max_step_time) or None,
             ageing_us=round(1e6 * config.priority_ageing),

@@ -1,6 +1,7 @@
 """What a step consists of, and within which bounds."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 from millrace.server.engine.sequence import Sequence
@@ -44,6 +45,9 @@ class Row(NamedTuple):
     end: int
     samples: bool
     source: tuple[int, int] | None
+
+
+new_row = partial(tuple.__new__, Row)  # a Row of a tuple, in half the time
 
 
 @dataclass(slots=True)

@@ -9,7 +9,7 @@ step; nothing here depends on how many wait, but for logarithms.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias
 
 from millrace.server.engine.heap import Heap
@@ -68,13 +68,14 @@ class Bucket:
 
 
 class Queue:
-    """The waiting sequences. `ageing_us`: how long one waits in a class before it moves up.
+    """The waiting sequences. `ageing_us`: how long one waits in a class before it moves up; `tenant_share`: of the
+    engine, (0, 1].
 
     `tokens` are those of their prompts. Some are held: they wait for another choice of their request, not for a turn.
     """
 
-    def __init__(self, ageing_us: int, max_running_of_tenant: int):
-        self._ageing_us, self._max_running = ageing_us, max_running_of_tenant
+    def __init__(self, ageing_us: int, max_running_of_tenant: int, tenant_share: Callable[[Tenant], float]):
+        self._ageing_us, self._max_running, self._tenant_share = ageing_us, max_running_of_tenant, tenant_share
         self._buckets: list[dict[Tenant, Bucket]] = [{} for _ in Priority]
         self._tenants: list[Heap[Tenant]] = [Heap() for _ in Priority]  # by place of their first sequence
         self._ages: Heap[Seq] = Heap()  # by when they move up
@@ -160,10 +161,16 @@ class Queue:
         for sequence in group:
             self._fresh[sequence.request.priority].pop(sequence, None)
 
-    def latest_below(self, priority: int) -> Iterator[Seq]:
-        """Whom a newcomer of that class may take the room of: the least class first, in it the latest."""
+    def displaceable(self, arrival: Tenant, priority: int, most: int) -> Iterator[Seq]:
+        """Whose room a newcomer may take: that of lesser classes, the least first; in its own, that of tenants with
+        more than their share of the `most` that may wait, if its own has less. Of each the latest come first."""
         for fresh in reversed(self._fresh[priority + 1 :]):
             yield from reversed(fresh)
+        if arrival.queued < self._tenant_share(arrival) * most:
+            for sequence in reversed(self._fresh[priority]):
+                tenant = sequence.tenant
+                if tenant is not arrival and tenant.queued > self._tenant_share(tenant) * most:
+                    yield sequence
 
     def check(self) -> None:
         """Raise AssertionError unless the counts agree with what waits."""

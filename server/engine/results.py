@@ -3,16 +3,16 @@
 import numpy as np
 
 from millrace.server.engine.plan import Row
-from millrace.server.engine.sequence import SequenceToken
+from millrace.server.engine.sequence import SequenceToken, new_token
 from millrace.server.model.executors.base import StepResult
 
 
 def checked_result(rows: list[Row], result: StepResult) -> StepResult:
     """The result itself. ValueError unless every row that samples yielded one token or an error, and no other."""
     yielded = np.diff(result.offsets).tolist()
-    due = [int(row.samples) for row in rows]
+    due = [row[3] for row in rows]  # True is 1
     for row in result.errors:
-        due[row] = 0
+        due[row] = False
     if yielded != due:
         raise ValueError(f"the rows of a step should yield {due} tokens and yielded {yielded}")
     return result
@@ -34,9 +34,9 @@ def sequence_tokens(rows: list[Row], accepted: list[int], tokens: list[int], res
     """The news of the accepted rows, log-probabilities where they were asked for."""
     news: list[SequenceToken] = []
     for row in accepted:
-        request = rows[row].sequence.request
+        request = rows[row][0].request
         if request.logprobs_top_n is None:
-            news.append(SequenceToken(request.sequence_id, tokens[row]))
+            news.append(new_token((request.sequence_id, tokens[row], None, (), ())))
         else:
             at = result.offsets[row]
             top = slice(result.top_offsets[at], result.top_offsets[at + 1])

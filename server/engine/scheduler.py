@@ -9,13 +9,14 @@ In which order sequences are served stands in `queue`, who gives way in `preempt
 much a step holds in `budget`.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from millrace.server.engine.admission import Admission, unattainable
 from millrace.server.engine.blocks import BlockPool
 from millrace.server.engine.budget import Budget
 from millrace.server.engine.heap import Heap
-from millrace.server.engine.plan import Limits, Plan, Row
+from millrace.server.engine.plan import Limits, Plan, Row, new_row
 from millrace.server.engine.preemption import Claim, cheapest
 from millrace.server.engine.prefixes import Chain, Prefix
 from millrace.server.engine.queue import Place, Queue, aged_rank, place
@@ -33,7 +34,7 @@ class Scheduler:
         self.preemptions = 0
         self.step_time = StepTime()
         self.tenants = Tenants()
-        self._queue = Queue(limits.ageing_us, limits.max_running_of_tenant)
+        self._queue = Queue(limits.ageing_us, limits.max_running_of_tenant, self.tenants.share)
         self._admission = Admission(limits, pool, self._queue, self.tenants, self.step_time)
         self._arrivals = 0
         self._steps = 0
@@ -131,24 +132,28 @@ class Scheduler:
         self._arrive(step, len(rows))
         accepted: list[int] = []
         finished: list[SequenceFinished] = []
-        for index, (row, token) in enumerate(zip(rows, tokens, strict=True)):
-            sequence = row.sequence
-            self._land(sequence)
-            if sequence.status is Status.FINISHED:
-                continue
+        for index, ((sequence, _, end, samples, _), token) in enumerate(zip(rows, tokens, strict=True)):
+            sequence.in_flight -= 1
+            status = sequence.status
+            if status is not Status.RUNNING:
+                self._landed(sequence)
+                if status is Status.FINISHED:
+                    continue
             if index in errors:
                 self._end(sequence)
                 finished.append(sequence.finished(None, error=errors[index]))
                 continue
-            if sequence.status is Status.RUNNING:
-                self._computed(sequence, row.end)
-            if row.samples:
+            if status is Status.RUNNING:
+                sequence.computed = end
+                if end >= sequence.milestone:
+                    self._reached(sequence, end)
+            if samples:
                 accepted.append(index)
                 sequence.pending -= 1
                 sequence.output.append(token)
-                if token in sequence.request.stop_token_ids:
+                if token in sequence.stop_token_ids:
                     finished.append(self._complete(sequence, FinishReason.STOP, token))
-                elif sequence.prompt_len + len(sequence.output) == sequence.limit:
+                elif sequence.length == sequence.limit and not sequence.pending:
                     finished.append(self._complete(sequence, self._limit_reason(sequence)))
         return accepted, finished
 
@@ -156,8 +161,10 @@ class Scheduler:
         """Undo rows that will never come back; the latest step first. Their tokens are planned again."""
         rows = list(rows)
         self._arrive(step, len(rows))
-        for sequence, start, _, samples, _ in rows:
-            self._land(sequence)
+        for sequence, start, end, samples, _ in rows:
+            sequence.in_flight -= 1
+            sequence.charged = max(sequence.charged, end)
+            self._landed(sequence)
             if samples:
                 sequence.pending -= 1
                 sequence.length -= 1
@@ -185,6 +192,7 @@ class Scheduler:
             "the leaving are in flight": all(s.in_flight and s.status is not Status.RUNNING for s in leaving),
             "blocks cover what is scheduled": all(s.scheduled <= capacity * len(s.blocks) for s in running),
             "what others may find is computed": all(s.published * capacity <= s.computed for s in running),
+            "milestones lie ahead": all(s.milestone > s.computed for s in running),
             "what is computed was scheduled": all(s.computed <= s.scheduled for s in running),
             "tenants are counted": all(
                 (t.live, t.queued, t.running, t.blocks)
@@ -221,6 +229,7 @@ class Scheduler:
             limit=min(tokens + request.max_output_tokens, self.limits.max_model_len),
             length=tokens,
             rank=request.priority,
+            stop_token_ids=request.stop_token_ids,
             deadline_us=None if request.deadline_us is None else self._now_us + request.deadline_us,
             chain=Chain(request.tenant, self.pool.block_size, cache.salt) if shares else None,
         )
@@ -253,7 +262,9 @@ class Scheduler:
         for sequence in group.members:
             if sequence.status is Status.WAITING:
                 self._end(sequence)
-                text = "a request of a higher class needed the room; retry later"
+                text = (
+                    "its place in the queue went to a request of a higher class or of a tenant with fewer; retry later"
+                )
                 self._ended.append(sequence.finished(None, error=QueueFull(text)))
 
     def _plan_decodes(self, plan: Plan) -> list[Sequence]:
@@ -261,20 +272,42 @@ class Scheduler:
         prefilling: list[Sequence] = []
         decoding: list[Sequence] = []
         growing: list[Sequence] = []
-        block_size = self.pool.block_size
         for sequence in self._running:
             if sequence.length - sequence.scheduled > 1:
                 prefilling.append(sequence)
             elif sequence.pending == 0 or self._may_decode_ahead(sequence):
                 decoding.append(sequence)
-                if sequence.scheduled == len(sequence.blocks) * block_size:
+                if sequence.scheduled == sequence.capacity:
                     growing.append(sequence)
-        waits = self._grow(plan, growing) if growing else ()
+        if growing:
+            waits = self._grow(plan, growing)
+            decoding = [s for s in decoding if s.status is Status.RUNNING and s not in waits]
+            prefilling = [s for s in prefilling if s.status is Status.RUNNING]
+        self._add_decodes(plan, decoding)
+        return prefilling
+
+    def _add_decodes(self, plan: Plan, decoding: list[Sequence]) -> None:
+        """As `_add` for one token of each, in one loop: most rows there are."""
+        step, rows, attention = plan.step, plan.rows, 0
+        served: list[Tenant] = []
         for sequence in decoding:
-            if sequence.status is Status.RUNNING and sequence not in waits:
-                self._add(plan, sequence, 1)
-        plan.decode_tokens = len(plan.rows)
-        return [sequence for sequence in prefilling if sequence.status is Status.RUNNING]
+            end = sequence.length
+            source = sequence.source if sequence.pending else None
+            sequence.source = step, len(rows)
+            rows.append(new_row((sequence, end - 1, end, True, source)))
+            attention += end
+            if end > sequence.charged:
+                if end > sequence.prompt_len:
+                    served.append(sequence.tenant)
+                else:
+                    sequence.tenant.charge(1, 0)
+            sequence.scheduled = end
+            sequence.in_flight += 1
+            sequence.pending += 1
+            sequence.length = end + 1
+        for tenant, tokens in Counter(served).items():
+            tenant.charge(0, tokens)
+        plan.decode_tokens, plan.attention = len(rows), attention
 
     @staticmethod
     def _may_decode_ahead(sequence: Sequence) -> bool:
@@ -315,19 +348,17 @@ class Scheduler:
         plan.attention += count * (start + end + 1) // 2
         sequence.scheduled = end
         sequence.in_flight += 1
-        if end > sequence.charged:
-            self._charge(sequence, end)
+        self._charge(sequence, max(start, sequence.charged), end)
         if samples:
             sequence.source = (plan.step, len(plan.rows) - 1)
             sequence.pending += 1
             sequence.length += 1
 
     @staticmethod
-    def _charge(sequence: Sequence, end: int) -> None:
-        """What was computed before, and gave way, costs nothing again."""
-        prompt = max(0, min(end, sequence.prompt_len) - sequence.charged)
-        sequence.tenant.charge(prompt, end - sequence.charged - prompt)
-        sequence.charged = end
+    def _charge(sequence: Sequence, start: int, end: int) -> None:
+        """`charged` is as far as it came before it gave way, or a step was lost: that costs nothing again."""
+        prompt = max(0, min(end, sequence.prompt_len) - start)
+        sequence.tenant.charge(prompt, max(0, end - start) - prompt)
 
     def _grow(self, plan: Plan, growing: list[Sequence]) -> list[Sequence]:
         """Give each a block; return those that must wait for blocks that come back with the steps in flight."""
@@ -338,6 +369,7 @@ class Scheduler:
                 self._preempt(plan, cheapest(self._running))
             if sequence.status is Status.RUNNING:
                 sequence.blocks += self.pool.allocate(1)
+                sequence.capacity += self.pool.block_size
                 sequence.tenant.blocks += 1
                 plan.grown.append(sequence)
         return []
@@ -395,12 +427,13 @@ class Scheduler:
         sequence.lane = self._lanes.pop()
         self.pool.share(shared)
         sequence.blocks = shared + self.pool.allocate(needed)
+        sequence.capacity = len(sequence.blocks) * self.pool.block_size
         sequence.scheduled = len(shared) * self.pool.block_size
         if donor:
             self._copy_rest(plan, donor, sequence, len(shared))
         sequence.computed = sequence.scheduled
-        sequence.charged = max(sequence.charged, sequence.scheduled)
         sequence.published = len(shared)
+        self._let_others(sequence)
         sequence.last_prefix = found[-1].serial if found else 0 if not shared else None
         sequence.tenant.running += 1
         sequence.tenant.blocks += len(sequence.blocks)
@@ -437,15 +470,20 @@ class Scheduler:
         sequence.extend_chain(sequence.chain, full)
         return self.pool.prefixes.find(sequence.chain, full)
 
-    def _computed(self, sequence: Sequence, end: int) -> None:
+    def _reached(self, sequence: Sequence, end: int) -> None:
         """The keys and values of the first `end` tokens are there: for others of the tenant, and for other choices."""
-        sequence.computed = end
         if end // self.pool.block_size > sequence.published:
             self._publish(sequence, end)
-        if end >= sequence.prompt_len and sequence.group.held:
+        self._let_others(sequence)
+
+    def _let_others(self, sequence: Sequence) -> None:
+        """Other choices need the prompt computed; then, or until then, the next milestone is a full block."""
+        if sequence.computed >= sequence.prompt_len:
             for choice in sequence.group.held:
                 self._queue.let_go(choice)
             sequence.group.held = []
+        full = (sequence.published + 1) * self.pool.block_size
+        sequence.milestone = min(full, sequence.prompt_len) if sequence.group.held else full
 
     def _publish(self, sequence: Sequence, end: int) -> None:
         """Others may find the full blocks among the first `end` tokens."""
@@ -463,6 +501,7 @@ class Scheduler:
         plan.drop(sequence)
         self._stop_running(sequence)
         sequence.status = Status.WAITING
+        sequence.charged = max(sequence.charged, sequence.scheduled)
         sequence.scheduled = sequence.computed = 0
         sequence.preemptions += 1
         self.preemptions += 1
@@ -511,10 +550,9 @@ class Scheduler:
         else:
             self._flights.pop(step, None)
 
-    def _land(self, sequence: Sequence) -> None:
-        """One row less in flight; with the last one the blocks of a sequence that left are free."""
-        sequence.in_flight -= 1
-        if self._leaving and sequence.in_flight == 0 and sequence.arrival in self._leaving:
+    def _landed(self, sequence: Sequence) -> None:
+        """With its last row that was in flight, the blocks of a sequence that left are free."""
+        if sequence.in_flight == 0 and sequence.arrival in self._leaving:
             del self._leaving[sequence.arrival]
             self._release(sequence)
 

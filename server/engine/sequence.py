@@ -3,6 +3,7 @@
 from collections import abc
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from functools import partial
 from typing import NamedTuple
 
 from millrace.server.engine.prefixes import Chain
@@ -46,6 +47,9 @@ class SequenceToken(NamedTuple):
     logprob: float | None = None  # None: not asked for
     top_ids: abc.Sequence[int] = ()
     top_logprobs: abc.Sequence[float] = ()
+
+
+new_token = partial(tuple.__new__, SequenceToken)  # of a tuple, in half the time
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +109,9 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     scheduled: int = 0
     computed: int = 0  # those of them whose steps are done
+    capacity: int = 0  # tokens that its blocks hold
+    milestone: int = 0  # tokens after which others may find a block, or its prompt
+    stop_token_ids: frozenset[int] = frozenset()
     pending: int = 0
     in_flight: int = 0  # rows of steps that are not collected
     source: tuple[int, int] = (0, 0)  # step and row that sample the newest pending token
@@ -112,7 +119,7 @@ class Sequence:
     queue_us: int | None = None  # None: never served
     announced: bool = False  # that it runs
     preemptions: int = 0
-    charged: int = 0  # its first tokens that count in the tenant's service
+    charged: int = 0  # its first tokens that were computed before, and cost nothing again
     expected_output: int = 0  # tokens that the queue reckons with
     cached_prompt_tokens: int = 0  # found when it was first served
     chain: Chain | None = None  # None: its blocks are not shared

@@ -10,7 +10,7 @@ from typing import NamedTuple
 SCALES = (1.0, 64.0, 8.0, 65_536.0)  # of the four quantities, so that their sums are alike
 FORGET = 0.98  # weight of what was known, with each step
 RIDGE = 1e-3
-SWEEPS = 4
+SWEEPS = 2
 SURPRISE = 4.0  # a step that took this many times what was expected counts as that
 FAMILIAR = 16  # steps after which an expectation is one
 FIRST_CHUNK = 32  # prompt tokens of the first step; each later one may have as many as were seen, and these
