@@ -60,10 +60,17 @@ class CachePolicy:
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who asks, decided from the headers before a body is read."""
+    """Who asks, decided from the headers before a body is read.
+
+    `weight`: the tenant's share of the engine relative to others. `highest`: the class of service it may use.
+    `deadline`: of the call, in seconds on the monotonic clock; None: it has none.
+    """
 
     tenant: str
     key_id: str = ""
+    weight: float = field(default=1.0, compare=False)
+    highest: Priority = field(default=Priority.HIGH, compare=False)
+    deadline: float | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +160,8 @@ class RetrievalOptions:
 class GenerateRequest:
     """What a client asked for; `prompt` is text, token ids or a conversation.
 
-    `retrieval` None: from the model alone. `mask_pii`: personal data in prompt and answer is masked.
+    `retrieval` None: from the model alone. `mask_pii`: personal data in prompt and answer is masked. `queue_timeout`:
+    seconds.
     """
 
     model: str
@@ -165,6 +173,9 @@ class GenerateRequest:
     labels: Mapping[str, str] = field(default_factory=dict)
     retrieval: RetrievalOptions | None = None
     mask_pii: bool = False
+    priority: Priority = Priority.NORMAL
+    queue_timeout: float | None = None
+    cache: CachePolicy = field(default_factory=CachePolicy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +193,7 @@ class EmbedRequest:
 
 @dataclass(frozen=True, slots=True)
 class TokenRequest:
-    """What a backend runs: one prompt, `n` choices."""
+    """What a backend runs: one prompt, `n` choices. Times are seconds from submission; None: no such limit."""
 
     request_id: str
     tenant: str
@@ -194,6 +205,12 @@ class TokenRequest:
     stop_token_ids: frozenset[int] = frozenset()
     logprobs_top_n: int | None = None
     watched: bool = False  # its text may end it at any token: a stop string
+    priority: Priority = Priority.NORMAL
+    tenant_weight: float = 1.0
+    queue_timeout: float | None = None
+    time_limit: float | None = None
+    deadline: float | None = None
+    cache: CachePolicy = field(default_factory=CachePolicy)
 
 
 @dataclass(slots=True)
@@ -279,6 +296,7 @@ class Started:
     prompt_ids: Sequence[int] | None
     usage: Usage
     max_output_tokens: int
+    priority: Priority = Priority.NORMAL
     sources: tuple[Source, ...] = ()
     answer_mode: AnswerMode | None = None
     max_context_tokens: int | None = None

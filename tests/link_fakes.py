@@ -82,6 +82,7 @@ class ScriptedEngine:
         self.info, self.capacity, self.permits, self.step_seconds = INFO, capacity, permits, step_seconds
         self.live: dict[int, tuple[SequenceRequest, list[int]]] = {}
         self.seen: list[SequenceRequest] = []
+        self.waiting: list[int] = []  # until the next step begins
         self.texts: dict[int, TextRequest] = {}
         self.seen_texts: list[TextRequest] = []
         self.cancelled: list[int] = []
@@ -100,6 +101,7 @@ class ScriptedEngine:
         for request in requests:
             tokens = script(request.prompt_ids, request.choice, request.max_output_tokens)
             self.live[request.sequence_id] = request, tokens
+            self.waiting.append(request.sequence_id)
 
     def embed(self, *texts: TextRequest) -> None:
         self.check_arrivals(texts[0].token_ids[0], len(self.texts) + len(texts))
@@ -123,7 +125,8 @@ class ScriptedEngine:
         time.sleep(self.step_seconds)
         self.steps += 1
         self.progress += 3
-        output = StepOutput(self.steps)
+        output = StepOutput(self.steps, started=[one for one in self.waiting if one in self.live])
+        self.waiting.clear()
         for sequence_id, (request, tokens) in list(self.live.items()):
             first = request.prompt_ids[0]
             if first == HANGS:

@@ -11,7 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -207,7 +207,9 @@ class Endpoint:
             return PUBLIC_CALLER
         values = [value for key, value in context.invocation_metadata() or () if key == "authorization"]
         value = values[0] if len(values) == 1 else None
-        return self._authenticate(value.decode("latin-1") if isinstance(value, bytes) else value)
+        caller = self._authenticate(value.decode("latin-1") if isinstance(value, bytes) else value)
+        remaining = context.time_remaining()
+        return caller if remaining is None else replace(caller, deadline=time.monotonic() + remaining)
 
     async def _run(self, caller: Caller, context: Context) -> None:
         stream = Stream(context, self._slow_reader_timeout)

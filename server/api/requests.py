@@ -12,10 +12,12 @@ from millrace.server.api import retrieval_convert
 from millrace.server.errors import InvalidRequest
 from millrace.server.types import (
     AnswerMode,
+    CachePolicy,
     ChatPrompt,
     GenerateRequest,
     Message,
     OutputOptions,
+    Priority,
     RetrievalOptions,
     Role,
     SamplingParams,
@@ -28,6 +30,11 @@ ROLES = {
     pb.CHAT_ROLE_USER: Role.USER,
     pb.CHAT_ROLE_ASSISTANT: Role.ASSISTANT,
     pb.CHAT_ROLE_TOOL: Role.TOOL,
+}
+PRIORITIES = {
+    pb.PRIORITY_HIGH: Priority.HIGH,
+    pb.PRIORITY_NORMAL: Priority.NORMAL,
+    pb.PRIORITY_LOW: Priority.LOW,
 }
 ANSWER_MODES = {
     pb.ANSWER_MODE_GENERATIVE: AnswerMode.GENERATIVE,
@@ -57,7 +64,15 @@ def generate_request(message: pb.GenerateRequest) -> GenerateRequest:
         labels=dict(message.labels),
         retrieval=_retrieval(message.retrieval) if message.HasField("retrieval") else None,
         mask_pii=message.guardrails.pii == pb.PII_ACTION_MASK,
+        priority=PRIORITIES.get(message.scheduling.priority, Priority.NORMAL),
+        queue_timeout=_seconds(message.scheduling, "queue_timeout"),
+        cache=CachePolicy(not message.cache.bypass_read, not message.cache.bypass_write, message.cache.salt),
     )
+
+
+def _seconds(message: pb.StoppingCriteria | pb.SchedulingOptions, name: str) -> float | None:
+    duration = getattr(message, name)
+    return duration.seconds + duration.nanos / 1e9 if message.HasField(name) else None
 
 
 def _prompt(message: pb.GenerateRequest) -> str | tuple[int, ...] | ChatPrompt:
@@ -103,7 +118,6 @@ def _sampling_params(message: pb.SamplingParams) -> SamplingParams:
 
 
 def _stopping(message: pb.StoppingCriteria) -> StoppingCriteria:
-    limit = message.time_limit
     return StoppingCriteria(
         max_output_tokens=message.max_output_tokens if message.HasField("max_output_tokens") else None,
         min_output_tokens=message.min_output_tokens,
@@ -111,7 +125,7 @@ def _stopping(message: pb.StoppingCriteria) -> StoppingCriteria:
         stop_token_ids=tuple(message.stop_token_ids),
         ignore_eos=message.ignore_eos,
         include_stop=message.include_stop,
-        time_limit=limit.seconds + limit.nanos / 1e9 if message.HasField("time_limit") else None,
+        time_limit=_seconds(message, "time_limit"),
         truncate_prompt_tokens=message.truncate_prompt_tokens if message.HasField("truncate_prompt_tokens") else None,
     )
 

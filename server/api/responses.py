@@ -5,7 +5,7 @@ from dataclasses import fields
 
 from millrace.server.api import retrieval_convert
 from millrace.server.api.bounds import bounds_of
-from millrace.server.api.requests import ANSWER_MODES, SAMPLING_SCALARS
+from millrace.server.api.requests import ANSWER_MODES, PRIORITIES, SAMPLING_SCALARS
 from millrace.server.gateway.collect import Collected
 from millrace.server.gateway.routing import ModelCard, ModelState
 from millrace.server.types import (
@@ -27,6 +27,7 @@ from millrace.server.types import (
 from millrace.v1 import generation_pb2 as pb
 from millrace.v1 import model_pb2
 
+PRIORITY_NUMBERS = {priority: number for number, priority in PRIORITIES.items()}
 ANSWER_MODE_NUMBERS = {mode: number for number, mode in ANSWER_MODES.items()}
 FINISH_REASONS = {reason: f"FINISH_REASON_{reason.name}" for reason in FinishReason}
 MODEL_STATES = {state: f"MODEL_STATE_{state.name}" for state in ModelState}
@@ -82,6 +83,7 @@ def _started(event: Started) -> pb.Started:
         effective_sampling=sampling(event.sampling, event.n),
         prompt=_prompt_info(event.prompt_ids),
         usage=_usage(event.usage),
+        effective_priority=PRIORITY_NUMBERS[event.priority],
         effective_max_output_tokens=event.max_output_tokens,
         sources=map(_source, event.sources),
         answer_mode=_answer_mode(event.answer_mode),

@@ -17,6 +17,7 @@ from grpc import StatusCode
 from millrace.server.errors import InternalError, InvalidRequest, NotFound, QuotaExceeded, RequestError
 
 DOMAIN = "millrace"
+RETRIED = (StatusCode.UNAVAILABLE, StatusCode.RESOURCE_EXHAUSTED)  # by clients, without being told to
 MAX_DETAILS_BYTES = 4095
 MAX_MESSAGE = 512  # bytes
 MAX_VALUE = 160  # bytes of any other text
@@ -94,7 +95,7 @@ def failure(error: RequestError) -> Failure:
     trailers: list[tuple[str, str | bytes]] = [("grpc-status-details-bin", status.SerializeToString())]
     if isinstance(error, QuotaExceeded):
         trailers.append(("grpc-retry-pushback-ms", "-1"))  # forbids the retry (gRFC A6)
-    elif error.retry_after is not None:
+    elif error.retry_after is not None and code in RETRIED:
         # Never 0: gRPC core 1.85 neither retries nor ends a call that is pushed back by nothing.
         trailers.append(("grpc-retry-pushback-ms", str(max(1, round(1000 * error.retry_after)))))
     return Failure(code, error.reason, message, tuple(trailers))

@@ -29,7 +29,7 @@ class Backend(Protocol):
     """Something that generates. One instance belongs to one event loop."""
 
     async def generate(self, request: TokenRequest) -> TokenStream:
-        """Return once the request is admitted; raise a `RequestError` if it is rejected."""
+        """Return once the request runs; raise a `RequestError` if it is rejected, or turned away while it waits."""
 
     async def embed(self, request: EmbedRequest) -> Sequence[bytes]:
         """The vector of each text, little-endian float32; all or a `RequestError`. Cancelling frees what waits."""

@@ -21,6 +21,7 @@ FINISH_REASONS = {
     pb.FINISH_REASON_STOP: FinishReason.STOP,
     pb.FINISH_REASON_MAX_TOKENS: FinishReason.MAX_TOKENS,
     pb.FINISH_REASON_CONTEXT_LENGTH: FinishReason.CONTEXT_LENGTH,
+    pb.FINISH_REASON_TIME_LIMIT: FinishReason.TIME_LIMIT,
 }
 
 
@@ -37,7 +38,19 @@ def link_submit(request: TokenRequest, slots: Sequence[int]) -> pb.Submit:
         stop_token_ids=sorted(request.stop_token_ids),
         logprobs_top_n=request.logprobs_top_n,
         watched=request.watched,
+        priority=request.priority,
+        tenant_weight=request.tenant_weight,
+        queue_timeout_us=microseconds(request.queue_timeout),
+        time_limit_us=microseconds(request.time_limit),
+        deadline_us=microseconds(request.deadline),
+        cache=pb.CachePolicy(
+            bypass_read=not request.cache.read, bypass_write=not request.cache.write, salt=request.cache.salt
+        ),
     )
+
+
+def microseconds(seconds: float | None) -> int | None:
+    return None if seconds is None else max(0, round(1e6 * seconds))
 
 
 def link_embeds(request: EmbedRequest, slots: Sequence[int]) -> list[pb.Embed]:

@@ -13,7 +13,6 @@ class MergedStream:
     def __init__(self, choices: int, cancel: Callable[[list[int]], None]):
         """`cancel(choices)` frees what open choices hold; it is called for each at most once."""
         self.admitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting_for = choices
         self._open = set(range(choices))
         self._news: dict[int, TokenDelta] = {}
         self._error: RequestError | None = None
@@ -53,9 +52,8 @@ class MergedStream:
         self._close()
 
     def admit(self) -> None:
-        """One more choice is admitted."""
-        self._waiting_for -= 1
-        if self._waiting_for == 0 and not self.admitted.done():
+        """A choice runs, or has ended: the others will."""
+        if not self.admitted.done():
             self.admitted.set_result(None)
 
     def push(self, choice: int, token_id: int) -> None:
@@ -73,6 +71,7 @@ class MergedStream:
         delta.finish, delta.queue_us = finish, queue_us
         delta.cached_prompt_tokens, delta.preemptions = cached_prompt_tokens, preemptions
         self._open.discard(choice)
+        self.admit()
 
     def fail(self, error: RequestError) -> None:
         """End the request: what was pushed before is still delivered, then the error is raised, once."""

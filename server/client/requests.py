@@ -25,7 +25,8 @@ class Options(TypedDict, total=False):
 
     Units, ranges and defaults: `proto/millrace/v1/generation.proto`, except `logprobs` (the number of most
     likely tokens to report beside the chosen one), `time_limit` (seconds), `retrieval` (fields of
-    `RetrievalOptions`, see `retrieval_options`) and `mask_pii` (`GuardrailOptions.pii`).
+    `RetrievalOptions`, see `retrieval_options`), `mask_pii` (`GuardrailOptions.pii`), `priority` ("high", "normal" or
+    "low"), `queue_timeout` (seconds) and `cache` (fields of `CacheOptions`).
     """
 
     temperature: float
@@ -56,6 +57,9 @@ class Options(TypedDict, total=False):
     labels: Mapping[str, str]
     retrieval: Mapping[str, Any]
     mask_pii: bool
+    priority: str
+    queue_timeout: float
+    cache: Mapping[str, Any]
 
 
 def generate_request(prompt: Prompt, model: str, options: Options) -> pb.GenerateRequest:
@@ -76,6 +80,13 @@ def generate_request(prompt: Prompt, model: str, options: Options) -> pb.Generat
                 request.retrieval.CopyFrom(retrieval_options(cast(Mapping[str, Any], value)))
             elif name == "mask_pii":
                 request.guardrails.pii = pb.PII_ACTION_MASK if value else pb.PII_ACTION_UNSPECIFIED
+            elif name == "priority":
+                set_fields(request.scheduling, {name: value}, (name,))
+            elif name == "queue_timeout":
+                request.scheduling.queue_timeout.FromNanoseconds(round(cast(float, value) * 1e9))
+            elif name == "cache":
+                values = cast(Mapping[str, Any], value)
+                set_fields(request.cache, values, request.cache.DESCRIPTOR.fields_by_name.keys())
             else:
                 _set(request, name, value)
     return request

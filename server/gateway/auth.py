@@ -10,7 +10,7 @@ import secrets
 from pathlib import Path
 
 from millrace.server.errors import ConfigError, Unauthenticated
-from millrace.server.gateway.keyfile import TENANT, Key, Tenant, read_keys
+from millrace.server.gateway.keyfile import PRIORITIES, TENANT, Key, Tenant, read_keys
 from millrace.server.types import Caller
 
 DEFAULT_TENANT = "default"
@@ -58,7 +58,8 @@ class KeyStore:
         digest = hashlib.sha256(token[:MAX_KEY_BYTES].encode("utf-8", "replace")).digest()
         if not hmac.compare_digest(digest, expected) or key is None:
             raise Unauthenticated("the API key is not valid")
-        return Caller(key.tenant, key.id)
+        tenant = self.tenant(key.tenant)
+        return Caller(key.tenant, key.id, tenant.weight, PRIORITIES[tenant.max_priority])
 
 
 def new_key(tenant: str) -> tuple[str, str]:

@@ -19,6 +19,11 @@ class Clock:
         self._end = None if limit is None else self._loop.time() + limit
         self.passed = False
 
+    @property
+    def left(self) -> float | None:
+        """Seconds."""
+        return None if self._end is None else self._end - self._loop.time()
+
     async def wait(self, live: LiveRequest, work: Awaitable[T]) -> T | None:
         """The result of `work`, which is cancelled if the time passes: None."""
         try:

@@ -1,6 +1,7 @@
 """The values a request runs with: what the client set over the model's defaults."""
 
 import secrets
+import time
 from typing import TypeVar
 
 from millrace.server.errors import InvalidRequest
@@ -8,8 +9,10 @@ from millrace.server.gateway.prompt import check_vocabulary
 from millrace.server.gateway.routing import ModelCard
 from millrace.server.types import (
     BackendInfo,
+    Caller,
     FinishReason,
     GenerateRequest,
+    Priority,
     Sampling,
     SamplingParams,
     StoppingCriteria,
@@ -58,10 +61,24 @@ def stop_tokens(stopping: StoppingCriteria, card: ModelCard) -> frozenset[int]:
     return frozenset(stopping.stop_token_ids) | (frozenset() if stopping.ignore_eos else card.stop_token_ids)
 
 
+def effective_priority(request: GenerateRequest, caller: Caller) -> Priority:
+    """The highest that the tenant may use, if the request asks for more."""
+    return max(request.priority, caller.highest)
+
+
 def token_request(
-    card: ModelCard, request: GenerateRequest, info: BackendInfo, request_id: str, tenant: str, prompt_ids: list[int]
+    card: ModelCard,
+    request: GenerateRequest,
+    info: BackendInfo,
+    request_id: str,
+    caller: Caller,
+    prompt_ids: list[int],
+    time_limit: float | None,
 ) -> tuple[TokenRequest, FinishReason]:
-    """Return what the backend runs, and why a choice ends that uses up its tokens. Raises InvalidRequest."""
+    """Return what the backend runs, and why a choice ends that uses up its tokens. Raises InvalidRequest.
+
+    `time_limit`: seconds that are left of it.
+    """
     check_vocabulary("stopping.stop_token_ids", request.stopping.stop_token_ids, info.vocab_size)
     for token in request.sampling.logit_bias:
         if token >= info.vocab_size:
@@ -74,7 +91,7 @@ def token_request(
     limit, reason = output_limit(request.stopping, info.max_model_len - len(prompt_ids))
     tokens = TokenRequest(
         request_id=request_id,
-        tenant=tenant,
+        tenant=caller.tenant,
         prompt_ids=prompt_ids,
         sampling=effective_sampling(request.sampling, card.default_sampling),
         max_output_tokens=limit,
@@ -83,5 +100,11 @@ def token_request(
         stop_token_ids=stop_tokens(request.stopping, card),
         logprobs_top_n=request.output.logprobs_top_n,
         watched=bool(request.stopping.stop_strings),
+        priority=effective_priority(request, caller),
+        tenant_weight=caller.weight,
+        queue_timeout=request.queue_timeout,
+        time_limit=time_limit,
+        deadline=None if caller.deadline is None else caller.deadline - time.monotonic(),
+        cache=request.cache,
     )
     return tokens, reason

@@ -10,7 +10,7 @@ from millrace.server.config import MIN_SUPPORT
 from millrace.server.errors import Draining, FeatureUnsupported, ModelNotFound
 from millrace.server.gateway.choices import Choices
 from millrace.server.gateway.clock import Clock, interruptible, past_first_message
-from millrace.server.gateway.effective import effective_sampling, either, token_request
+from millrace.server.gateway.effective import effective_priority, effective_sampling, either, token_request
 from millrace.server.gateway.embedding import TextEmbedder
 from millrace.server.gateway.extractive import Quotation
 from millrace.server.gateway.guardrails.base import Guard
@@ -32,6 +32,7 @@ from millrace.server.types import (
     FinishReason,
     GenerateEvent,
     GenerateRequest,
+    Priority,
     Started,
     TokenRequest,
 )
@@ -88,7 +89,7 @@ class Gateway:
             if answer := grounds.quotation:
                 record.quoted(answer)
                 with past_first_message():
-                    yield quoted(live.request_id, card, info, grounds, answer)
+                    yield quoted(live.request_id, card, info, grounds, answer, effective_priority(request, caller))
                     for event in answer.events():
                         live.check()
                         yield event
@@ -96,9 +97,8 @@ class Gateway:
                 return
             request = grounds.request
             prompt_ids = await encode_prompt(card, request, info, self._encoders)
-            tokens, ran_out = token_request(card, request, info, live.request_id, caller.tenant, prompt_ids)
-            live.check()
-            async with aclosing(await card.backend.generate(tokens)) as stream:
+            tokens, ran_out = token_request(card, request, info, live.request_id, caller, prompt_ids, clock.left)
+            async with aclosing(await interruptible(live, card.backend.generate(tokens))) as stream:
                 choices = Choices(
                     card.tokenizer,
                     request,
@@ -122,6 +122,7 @@ class Gateway:
                         prompt_ids=prompt_ids if request.output.prompt_token_ids else None,
                         usage=choices.usage,
                         max_output_tokens=tokens.max_output_tokens,
+                        priority=tokens.priority,
                         sources=grounds.sources,
                         answer_mode=grounds.mode,
                         max_context_tokens=grounds.max_context_tokens,
@@ -234,7 +235,9 @@ class Gateway:
         self._encoders.shutdown(wait=False, cancel_futures=True)
 
 
-def quoted(request_id: str, card: ModelCard, info: BackendInfo, grounds: Grounds, answer: Quotation) -> Started:
+def quoted(
+    request_id: str, card: ModelCard, info: BackendInfo, grounds: Grounds, answer: Quotation, priority: Priority
+) -> Started:
     """Of an answer that no model writes. What the request says of sampling has no effect."""
     request = grounds.request
     return Started(
@@ -246,6 +249,7 @@ def quoted(request_id: str, card: ModelCard, info: BackendInfo, grounds: Grounds
         prompt_ids=None,
         usage=answer.usage,
         max_output_tokens=min(either(request.stopping.max_output_tokens, info.max_model_len), info.max_model_len),
+        priority=priority,
         sources=grounds.sources,
         answer_mode=grounds.mode,
         max_context_tokens=grounds.max_context_tokens,

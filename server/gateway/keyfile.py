@@ -9,30 +9,33 @@ It holds no key, only SHA-256 of each:
 
     [tenants.search]                # optional
     weight = 2.0
+    max_priority = "high"
     max_concurrent_requests = 64
-
-`weight` is checked and kept, and has no effect yet: requests are served in order of arrival, whoever sends them.
 """
 
 import re
 import tomllib
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from millrace.server.errors import ConfigError
+from millrace.server.types import Priority
 
+PRIORITIES = {priority.name.lower(): priority for priority in Priority}
 TENANT = r"^[A-Za-z0-9._-]{1,64}$"
 
 
 class Tenant(BaseModel):
-    """`weight`: share of the engine relative to other tenants, for a fair scheduler; serving in order of arrival,
-    the engine does not ask for it. `max_concurrent_requests` of None is the server's own limit.
+    """`weight`: share of the engine relative to other tenants. `max_priority`: the highest class that its requests are
+    served in. `max_concurrent_requests` of None is the server's own limit.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     weight: float = Field(default=1.0, gt=0, le=1000)
+    max_priority: Literal["high", "normal", "low"] = "normal"
     max_concurrent_requests: int | None = Field(default=None, ge=1)
 
 

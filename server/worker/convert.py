@@ -7,12 +7,23 @@ from millrace.engine.v1 import engine_pb2 as pb
 from millrace.server.engine.sequence import SequenceFinished, SequenceRequest, SequenceToken
 from millrace.server.engine.texts import TextRequest, TextVector
 from millrace.server.errors import InvalidRequest, RequestError
-from millrace.server.types import BackendInfo, EmbedderInfo, EngineStats, FinishReason, Sampling
+from millrace.server.types import (
+    BackendInfo,
+    CachePolicy,
+    EmbedderInfo,
+    EngineStats,
+    FinishReason,
+    Priority,
+    Sampling,
+)
+
+MAX_WEIGHT = 1000
 
 FINISH_REASONS = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
     FinishReason.MAX_TOKENS: pb.FINISH_REASON_MAX_TOKENS,
     FinishReason.CONTEXT_LENGTH: pb.FINISH_REASON_CONTEXT_LENGTH,
+    FinishReason.TIME_LIMIT: pb.FINISH_REASON_TIME_LIMIT,
 }
 
 
@@ -47,6 +58,13 @@ def sequence_requests(submit: pb.Submit, sequence_ids: Iterable[int]) -> list[Se
     """One for each choice. Raises InvalidRequest."""
     prompt_ids = token_ids("prompt_ids_le32", submit.prompt_ids_le32)
     sampling = engine_sampling(submit.sampling)
+    priority = submit.priority if submit.HasField("priority") else Priority.NORMAL
+    weight = submit.tenant_weight if submit.HasField("tenant_weight") else 1.0
+    if priority not in set(Priority):
+        raise InvalidRequest.at("scheduling.priority", f"is {priority}, must be in [0, {max(Priority)}]")
+    if not 0 < weight <= MAX_WEIGHT:
+        raise InvalidRequest.at("tenant_weight", f"is {weight:g}, must be in (0, {MAX_WEIGHT}]")
+    cache = submit.cache
     return [
         SequenceRequest(
             sequence_id=sequence_id,
@@ -59,6 +77,13 @@ def sequence_requests(submit: pb.Submit, sequence_ids: Iterable[int]) -> list[Se
             min_output_tokens=submit.min_output_tokens,
             stop_token_ids=frozenset(submit.stop_token_ids),
             logprobs_top_n=submit.logprobs_top_n if submit.HasField("logprobs_top_n") else None,
+            priority=Priority(priority),
+            tenant_weight=weight,
+            queue_timeout_us=submit.queue_timeout_us if submit.HasField("queue_timeout_us") else None,
+            time_limit_us=submit.time_limit_us if submit.HasField("time_limit_us") else None,
+            deadline_us=submit.deadline_us if submit.HasField("deadline_us") else None,
+            cache=CachePolicy(not cache.bypass_read, not cache.bypass_write, cache.salt),
+            watched=submit.watched,
         )
         for choice, sequence_id in zip(submit.choices, sequence_ids, strict=False)
     ]
@@ -113,6 +138,9 @@ def add_vector(update: pb.StepUpdate, slot: int, embedded: TextVector) -> None:
 
 
 def add_finished(update: pb.StepUpdate, slot: int, finished: SequenceFinished) -> None:
+    if finished.error is not None and not finished.started:
+        add_rejected(update, slot, finished.error)
+        return
     message = update.finished.add(
         slot=slot,
         stop_token_id=finished.stop_token_id,

@@ -18,6 +18,7 @@ T = TypeVar("T")
 
 AHEAD = 2  # steps that may run before a watcher has seen what came of the one before them
 PATIENCE = 0.1  # seconds that a step waits for watchers: one that is stuck must not stop everybody
+WARM_UP_TOKENS = 32
 WARM_UP = 0  # the sequence id of the warm-up; callers count from 1
 
 
@@ -53,7 +54,6 @@ class Order:
 class Report:
     """One turn of the thread: what became of what was submitted, then at most one step of each engine."""
 
-    admitted: list[int] = field(default_factory=list)
     rejected: list[tuple[int, RequestError]] = field(default_factory=list)
     output: StepOutput | None = None
 
@@ -145,7 +145,7 @@ class EngineThread:
             self._tell(resolve, self.ready, (engine.info, engine.embedder))
             while (orders := self._next_orders(engine)) is not None:
                 report = self._turn(engine, orders)
-                if report.admitted or report.rejected or report.output:
+                if report.rejected or report.output:
                     self._tell(self._deliver, report)
             engine.close()
             self._tell(resolve, self.ended, None)
@@ -195,16 +195,18 @@ def admit(submit: Callable[..., None], parts: Sequence[SequenceRequest | TextReq
         submit(*parts)
     except RequestError as error:
         report.rejected += [(part.sequence_id, error) for part in parts]
-    else:
-        report.admitted += [part.sequence_id for part in parts]
 
 
 def warm_up(engine: StepEngine) -> None:
-    """Generate and embed one token, so that what the first steps compile or allocate is not a client's wait."""
+    """Generate and embed one token, so that what the first steps compile or allocate is not a client's wait.
+
+    The prompt shows the engine how long its steps take.
+    """
     try:
         if engine.info.max_model_len > 1:
             greedy = Sampling(temperature=0)
-            engine.submit(SequenceRequest(WARM_UP, "warm-up", "", (0,), greedy, 0, max_output_tokens=1))
+            prompt = (0,) * min(WARM_UP_TOKENS, engine.info.max_model_len - 1)
+            engine.submit(SequenceRequest(WARM_UP, "warm-up", "", prompt, greedy, 0, max_output_tokens=1))
         if engine.embedder is not None:
             engine.embed(TextRequest(WARM_UP, "warm-up", "", (0,)))
     except RequestError as error:

@@ -81,9 +81,6 @@ class EngineService(EngineServiceServicer):
     def deliver(self, report: Report) -> None:
         """Tell every gateway about one turn of the engine thread, in one update each."""
         updates = {connection: pb.StepUpdate() for connection in self._connections}
-        for sequence_id in report.admitted:
-            if owner := self._owners.get(sequence_id):
-                updates[owner[0]].admitted.add(slot=owner[1])
         for sequence_id, error in report.rejected:
             if owner := self._release(sequence_id):
                 convert.add_rejected(updates[owner[0]], owner[1], error)
@@ -106,6 +103,9 @@ class EngineService(EngineServiceServicer):
         for update in updates.values():
             update.step = output.step
             update.stats.CopyFrom(stats)
+        for sequence_id in output.started:
+            if owner := self._owners.get(sequence_id):
+                updates[owner[0]].admitted.add(slot=owner[1])
         for token in output.tokens:
             if owner := self._owners.get(token.sequence_id):  # else: cancelled during the step
                 convert.add_token(updates[owner[0]], owner[1], token)

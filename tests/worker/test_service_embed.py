@@ -76,7 +76,7 @@ async def test_tokens_and_vectors_of_a_step_are_one_update() -> None:
         assert [list(update.slots) for update in updates] == [[1], [1], [1]]
         embedded = [[(item.slot, item.vector_f32le) for item in update.embedded] for update in updates]
         assert embedded == [[(2, script_vector(20)), (3, script_vector(30))], [(4, script_vector(40))], []]
-        assert sorted(item.slot for item in updates[0].admitted) == [1, 2, 3, 4]
+        assert [item.slot for item in updates[0].admitted] == [1]
         seen = served.engine.seen_texts[1:]  # after the warm-up
         assert [(text.request_id, text.tenant, list(text.token_ids)) for text in seen[:1]] == [("e", "t", [20, 7])]
         assert not served.service._owners
