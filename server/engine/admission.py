@@ -7,7 +7,7 @@ from millrace.server.engine.plan import Limits
 from millrace.server.engine.queue import Queue
 from millrace.server.engine.sequence import Group, SequenceRequest
 from millrace.server.engine.sequence import Sequence as Seq
-from millrace.server.engine.step_time import UNLIMITED, StepTime
+from millrace.server.engine.step_time import LEAST_CHUNK, UNLIMITED, StepTime, Work
 from millrace.server.engine.tenants import Tenant, Tenants
 from millrace.server.errors import (
     DeadlineUnattainable,
@@ -19,6 +19,8 @@ from millrace.server.errors import (
 )
 from millrace.server.types import Priority
 
+CAUTION = 1.5  # by which a wait is overestimated: later arrivals with earlier deadlines go first
+FEW = 8  # sequences that run together once some wait, however few do now
 FORGET = 0.95  # weight of the mean output of what ended before, with each sequence that ends
 
 
@@ -86,9 +88,42 @@ class Admission:
         """Raise DeadlineUnattainable if what waits before it, and its own time, are expected to take too long."""
         if sequence.request.deadline_us is None:
             return
-        waits, takes = self._backlog_us(sequence, running), self.alone_us(sequence)
-        if waits + takes > sequence.request.deadline_us:
+        waits, takes = self._backlog_us(sequence, running), self._takes_us(sequence, running)
+        if CAUTION * waits + takes > sequence.request.deadline_us:
             raise unattainable(waits, takes, sequence.request.deadline_us)
+
+    def is_too_late(self, sequence: Seq, running: int, now_us: int) -> bool:
+        """Whether one that would run from now on, beside those that do, is expected to miss its deadline."""
+        if sequence.deadline_us is None:
+            return False
+        return now_us + self._takes_us(sequence, running) > sequence.deadline_us
+
+    def endangers(self, running: Sequence[Seq], now_us: int) -> bool:
+        """Whether one sequence more makes one of those that run miss a deadline that it would else meet."""
+        some = [s for s in running if s.deadline_us is not None]
+        if not some:
+            return False
+        before, _ = self._full_step_us(len(running), True)
+        after, _ = self._full_step_us(len(running) + 1, True)
+        for s in some:
+            left, tokens = (s.deadline_us or 0) - now_us, max(s.least_output, s.expected_output) - len(s.output)
+            if tokens * before <= left < tokens * after:
+                return True
+        return False
+
+    def _takes_us(self, sequence: Seq, running: int) -> float:
+        """How long a sequence takes beside so many others."""
+        step, prompt_us = self._full_step_us(running + 1, len(self._queue) > 1)
+        steps = self._step_time.chunk_us(0, sequence.prompt_len) / prompt_us + sequence.least_output
+        return max(self.alone_us(sequence), steps * step)
+
+    def _full_step_us(self, decoding: int, waits: bool) -> tuple[float, float]:
+        """How long a step takes in which so many decode, and what of it is for prompts, which fill it if one waits."""
+        most = self._limits.max_step_us or UNLIMITED
+        decodes = self._step_time.predict(Work(0, decoding, 0))
+        least = self._step_time.chunk_us(0, LEAST_CHUNK)
+        prompts = max(most - decodes, least) or 1.0
+        return decodes + (prompts if waits else 0.0), prompts
 
     def alone_us(self, sequence: Seq) -> float:
         """What a sequence takes at least."""
@@ -110,7 +145,7 @@ class Admission:
     def _backlog_us(self, sequence: Seq, running: int) -> float:
         """How long what waits before a sequence will take: no more than its tenant's share of the engine lets in."""
         queue, tenant, rank = self._queue, sequence.tenant, sequence.rank
-        lanes = min(self._limits.lanes, len(queue) + running)
+        lanes = min(self._limits.lanes, max(running, FEW))
         everything = self._step_time.backlog_us(*queue.work_before(rank), lanes)
         own = self._step_time.backlog_us(*queue.work_of(tenant, rank), lanes)
         return min(everything, own / self._tenants.share(tenant))

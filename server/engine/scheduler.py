@@ -324,7 +324,7 @@ class Scheduler:
             if arrival is not None and not (begun and self._aged_place(begun[-1]) < place(arrival)):
                 if self._is_too_late(arrival):
                     continue
-                if self._admit(plan, arrival):
+                if not self._admission.endangers(self._running, self._now_us) and self._admit(plan, arrival):
                     self._plan_chunk(plan, arrival, budget)
                     continue
                 full = True
@@ -395,13 +395,11 @@ class Scheduler:
 
     def _is_too_late(self, arrival: Sequence) -> bool:
         """End an arrival that would miss its deadline if it ran from now on."""
-        if arrival.deadline_us is None or arrival.group.started:
-            return False
-        left, takes = arrival.deadline_us - self._now_us, self._admission.alone_us(arrival)
-        if takes <= left:
+        if arrival.group.started or not self._admission.is_too_late(arrival, self.running, self._now_us):
             return False
         self._end(arrival)
-        self._ended.append(arrival.finished(None, error=unattainable(0, takes, left)))
+        left = (arrival.deadline_us or 0) - self._now_us
+        self._ended.append(arrival.finished(None, error=unattainable(0, self._admission.alone_us(arrival), left)))
         return True
 
     def _fits(self, arrival: Sequence) -> bool:
