@@ -92,6 +92,11 @@ class FakeExecutor:
         offsets = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
         return StepResult(offsets, ids, logprobs, top_offsets, ids, logprobs, errors=errors)
 
+    def copy_blocks(self, pairs: Iterable[tuple[int, int]]) -> None:
+        size = self.kv_layout.block_size
+        for source, target in pairs:
+            self._kv[target * size : (target + 1) * size] = self._kv[source * size : (source + 1) * size]
+
     def collect(self, ticket: int) -> StepResult:
         self.progress += 1
         result = self._results[ticket][0]

@@ -95,7 +95,6 @@ class ScriptedEngine:
         return bool(self.live or self.texts)
 
     def submit(self, *requests: SequenceRequest) -> None:
-        self.threads.add(threading.get_ident())
         self.check_arrivals(requests[0].prompt_ids[0], len(self.live) + len(requests))
         self.seen += requests
         for request in requests:
@@ -120,6 +119,7 @@ class ScriptedEngine:
         self.texts.pop(sequence_id, None)
 
     def step(self) -> StepOutput:
+        self.threads.add(threading.get_ident())
         if self.permits and self.steps:
             self.permits.acquire()
         time.sleep(self.step_seconds)

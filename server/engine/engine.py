@@ -1,6 +1,7 @@
-"""The engine: sequences in, tokens out, one step at a time. One thread calls it."""
+"""The engine: sequences in, tokens out, one step at a time. One thread calls it, another one may submit."""
 
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -86,6 +87,7 @@ class Engine:
         self._steps = 0
         self._hopeless = 0
         self._collected_us = 0
+        self._lock = threading.Lock()  # of the scheduler, while it is decided and not while it is computed
 
     @property
     def has_work(self) -> bool:
@@ -97,16 +99,18 @@ class Engine:
         return self._executor.progress + self._steps
 
     def submit(self, *requests: SequenceRequest) -> None:
-        """Queue the choices of one request, all of them or none.
+        """Queue the choices of one request, all of them or none. Any thread may: it waits for no step.
 
-        Raises InvalidRequest, PromptTooLong, ExceedsKVCapacity or QueueFull.
+        Raises InvalidRequest, PromptTooLong, ExceedsKVCapacity, QueueFull, TenantQueueFull or DeadlineUnattainable.
         """
         checked = [checked_request(request, self.info.vocab_size) for request in requests]
-        self._scheduler.submit(*checked, now_us=self._clock_us())
+        with self._lock:
+            self._scheduler.submit(*checked, now_us=self._clock_us())
 
     def cancel(self, sequence_id: int) -> None:
         """End a sequence: it yields nothing more, not even a finish. An unknown one is ignored."""
-        self._scheduler.cancel(sequence_id)
+        with self._lock:
+            self._scheduler.cancel(sequence_id)
 
     def step(self) -> StepOutput:
         """Plan and submit a step, collect the oldest one in flight, and tell what is new.
@@ -117,8 +121,9 @@ class Engine:
         started = self._clock_us()
         self._steps += 1
         output = StepOutput(self._steps)
-        plan = self._scheduler.plan(started)
-        output.finished += self._scheduler.take_ended()
+        with self._lock:
+            plan = self._scheduler.plan(started)
+            output.finished += self._scheduler.take_ended()
         if plan is not None:
             output.started += self._announce(plan)
             self._flights.append(self._launch(plan, started))
@@ -131,8 +136,10 @@ class Engine:
 
     def check(self) -> None:
         """Raise AssertionError unless every invariant of scheduler and block pool holds."""
-        self._scheduler.check()
-        if not self.has_work and self._scheduler.pool.free != self._scheduler.pool.total:
+        with self._lock:
+            self._scheduler.check()
+            idle = not self.has_work
+        if idle and self._scheduler.pool.free != self._scheduler.pool.total:
             raise AssertionError("blocks are held though nothing runs")
 
     def close(self) -> None:
@@ -174,14 +181,16 @@ class Engine:
         else:
             self._hopeless = 0
             now_us = self._clock_us()
-            self._scheduler.observe(flight.plan.work, now_us - max(flight.launched_us, self._collected_us))
+            with self._lock:
+                self._scheduler.observe(flight.plan.work, now_us - max(flight.launched_us, self._collected_us))
             self._collected_us = now_us
             self._commit(flight.plan.step, flight.plan.rows, result, output)
 
     def _commit(self, step: int, rows: list[Row], result: StepResult, output: StepOutput) -> None:
         tokens = row_tokens(result)
         errors = {row: InternalError(f"the executor failed: {text}") for row, text in result.errors.items()}
-        accepted, finished = self._scheduler.commit(step, rows, tokens, errors)
+        with self._lock:
+            accepted, finished = self._scheduler.commit(step, rows, tokens, errors)
         output.tokens += sequence_tokens(rows, accepted, tokens, result)
         output.finished += finished
         running = [i for i in accepted if rows[i].sequence.status is Status.RUNNING]
@@ -191,12 +200,14 @@ class Engine:
 
     def _recover(self, plan: Plan, error: Exception, output: StepOutput) -> None:
         """Undo the steps after a failed one, which may build on it, and run its rows again."""
-        for later in reversed(self._flights):
-            self._scheduler.rollback(later.plan.step, later.plan.rows)
+        with self._lock:
+            for later in reversed(self._flights):
+                self._scheduler.rollback(later.plan.step, later.plan.rows)
         while self._flights:
             self._abandon(self._flights.popleft())
         left = [row for row in plan.rows if row.sequence.status is not Status.RUNNING]
-        self._scheduler.rollback(plan.step, left)
+        with self._lock:
+            self._scheduler.rollback(plan.step, left)
         again = [row._replace(source=None) for row in plan.rows if row.sequence.status is Status.RUNNING]
         if again:
             all_failed = self._isolate(plan.step, again, error, output) == len(again)

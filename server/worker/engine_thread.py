@@ -96,8 +96,16 @@ class EngineThread:
         self._thread.start()
 
     def submit(self, sequences: Sequence[SequenceRequest]) -> None:
-        """Queue the choices of one request: all of them are admitted, or none."""
-        self._send(Order(sequences=tuple(sequences)))
+        """Queue the choices of one request, all of them or none. A refusal is delivered at once, whatever runs."""
+        if not self.ready.done() or self._engine is None:
+            self._send(Order(sequences=tuple(sequences)))
+            return
+        report = Report()
+        admit(self._engine.submit, sequences, report)
+        if report.rejected:
+            self._deliver(report)
+        with self._wake:
+            self._wake.notify()
 
     def embed(self, texts: Sequence[TextRequest]) -> None:
         """Queue the texts of one request: all of them are admitted, or none."""

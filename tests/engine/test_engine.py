@@ -1,3 +1,5 @@
+import threading
+
 import pytest
 from engine_fakes import VOCABULARY, drain, draw, make_engine, make_request, solo
 
@@ -180,3 +182,47 @@ def test_a_step_tells_the_state_after_it():
 def test_steps_in_flight_is_at_least_one():
     with pytest.raises(ValueError, match="at least 1"):
         make_engine(steps_in_flight=0)
+
+
+def test_requests_from_another_thread_yield_what_they_would_alone():
+    engine, _, _ = make_engine(blocks=40, max_num_seqs=4, max_num_batched_tokens=16, max_queued_requests=500)
+    requests = [make_request(i, [i % 50, 1, 2, i % 7], max_output_tokens=5) for i in range(300)]
+    submitted = threading.Event()
+
+    def submit() -> None:
+        for request in requests:
+            engine.submit(request)
+        submitted.set()
+
+    thread = threading.Thread(target=submit)
+    thread.start()
+    tokens: dict[int, list[int]] = {}
+    while not submitted.is_set() or engine.has_work:
+        for token in engine.step().tokens:
+            tokens.setdefault(token.sequence_id, []).append(token.token_id)
+        engine.check()
+    thread.join()
+    assert tokens == {request.sequence_id: solo(request, 64)[0] for request in requests}
+
+
+@pytest.mark.parametrize("prefix_caching", [True, False])
+@pytest.mark.parametrize("prompt", [8, 9, 21, 1])
+def test_choices_of_a_request_compute_its_prompt_once(prompt, prefix_caching):
+    engine, executor, _ = make_engine(prefix_caching=prefix_caching)
+    requests = [make_request(i, range(prompt), choice=i, max_output_tokens=6) for i in range(4)]
+    engine.submit(*requests)
+    tokens, finished = drain(engine)
+    assert tokens == {request.sequence_id: solo(request, 64)[0] for request in requests}
+    read = sum(int((batch.positions < prompt).sum()) for batch in executor.batches)
+    assert read == prompt + 3, "the first reads it, the others its last token"
+    assert [finish.cached_prompt_tokens for finish in finished.values()] == [0] * 4
+
+
+def test_when_the_first_choice_is_cancelled_another_one_reads_the_prompt():
+    engine, _, _ = make_engine(max_num_batched_tokens=4)
+    requests = [make_request(i, range(21), choice=i, max_output_tokens=6) for i in range(3)]
+    engine.submit(*requests)
+    engine.step()
+    engine.cancel(0)
+    tokens, _ = drain(engine)
+    assert tokens == {i: solo(requests[i], 64)[0] for i in (1, 2)}

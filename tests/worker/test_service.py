@@ -261,6 +261,18 @@ async def test_progress_intervals_are_bounded(interval: int) -> None:
         assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
+async def test_a_refusal_waits_for_no_step() -> None:
+    gate = threading.Semaphore(0)
+    async with worker(ScriptedEngine(capacity=1, permits=gate)) as served, stub_of(served) as stub:
+        call = stub.Connect()
+        await call.write(pb.Command(submits=[submit([1])]))
+        await until(lambda: served.engine.live and served.thread.pulse().busy)
+        await call.write(pb.Command(submits=[submit([2])]))  # while a step waits for its permit
+        update = await call.read()
+        assert [(item.slot, item.reason) for item in update.rejected] == [(2, "QUEUE_FULL")]
+        gate.release(100)
+
+
 async def test_the_engine_lives_on_one_thread_that_sleeps_when_idle() -> None:
     async with worker(ScriptedEngine()) as served, stub_of(served) as stub:
         call = stub.Connect()
