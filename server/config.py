@@ -126,6 +126,12 @@ class SupervisorConfig(Component):
     worker_cert: Path | None = Field(None, description="client certificate for a TCP worker (PEM)")
     worker_key: Path | None = Field(None, description="key of that certificate (PEM)")
     worker_start_timeout: float = Field(600, gt=0, le=DAY, description="seconds to load a model")
+    resume_timeout: float = Field(
+        60,
+        ge=0,
+        le=DAY,
+        description="seconds that streams of a lost worker wait to go on with the next one; 0: they end",
+    )
     worker_hang_timeout: float = Field(
         30, gt=0, le=DAY, description="seconds without progress inside a step before a restart"
     )

@@ -193,7 +193,10 @@ class EmbedRequest:
 
 @dataclass(frozen=True, slots=True)
 class TokenRequest:
-    """What a backend runs: one prompt, `n` choices. Times are seconds from submission; None: no such limit."""
+    """What a backend runs: one prompt, `n` choices. Times are seconds from submission; None: no such limit.
+
+    `outputs`: the choices that go on, and the tokens that each has already; None: all of them begin.
+    """
 
     request_id: str
     tenant: str
@@ -204,6 +207,7 @@ class TokenRequest:
     min_output_tokens: int = 0
     stop_token_ids: frozenset[int] = frozenset()
     logprobs_top_n: int | None = None
+    outputs: Mapping[int, Sequence[int]] | None = None
     watched: bool = False  # its text may end it at any token: a stop string
     priority: Priority = Priority.NORMAL
     tenant_weight: float = 1.0
@@ -211,6 +215,10 @@ class TokenRequest:
     time_limit: float | None = None
     deadline: float | None = None
     cache: CachePolicy = field(default_factory=CachePolicy)
+
+    @property
+    def choices(self) -> Sequence[int]:
+        return range(self.n) if self.outputs is None else list(self.outputs)
 
 
 @dataclass(slots=True)

@@ -98,7 +98,9 @@ class ScriptedEngine:
         self.check_arrivals(requests[0].prompt_ids[0], len(self.live) + len(requests))
         self.seen += requests
         for request in requests:
-            tokens = script(request.prompt_ids, request.choice, request.max_output_tokens)
+            whole = script(request.prompt_ids, request.choice, request.max_output_tokens)
+            tokens = whole[len(request.output_ids) :]
+            assert whole[: len(request.output_ids)] == list(request.output_ids)
             self.live[request.sequence_id] = request, tokens
             self.waiting.append(request.sequence_id)
 

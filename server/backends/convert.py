@@ -1,7 +1,7 @@
 """Translates between the words of the engine link and those of the gateway."""
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from millrace.engine.v1 import engine_pb2 as pb
 from millrace.server.errors import FieldViolation, InvalidRequest, RequestError, from_reason
@@ -25,13 +25,17 @@ FINISH_REASONS = {
 }
 
 
-def link_submit(request: TokenRequest, slots: Sequence[int]) -> pb.Submit:
+def link_submit(request: TokenRequest, slots: Mapping[int, int]) -> pb.Submit:
     """Choice i runs in slots[i]."""
+    outputs = request.outputs or {}
     return pb.Submit(
         request_id=request.request_id,
         tenant=request.tenant,
         prompt_ids_le32=le32(request.prompt_ids),
-        choices=[pb.Choice(slot=slot, index=index) for index, slot in enumerate(slots)],
+        choices=[
+            pb.Choice(slot=slot, index=index, output_ids_le32=le32(outputs.get(index, ())))
+            for index, slot in slots.items()
+        ],
         sampling=link_sampling(request.sampling),
         max_output_tokens=request.max_output_tokens,
         min_output_tokens=request.min_output_tokens,

@@ -98,11 +98,11 @@ class EngineLink:
 
     def submit(self, request: TokenRequest) -> MergedStream:
         """Send a request; its stream says whether it is admitted."""
-        slots = [self._new_slot() for _ in range(request.n)]
-        stream = MergedStream(request.n, partial(self._cancel, slots))
-        self._slots |= {slot: (stream, choice) for choice, slot in enumerate(slots)}
+        slots = {choice: self._new_slot() for choice in request.choices}
+        stream = MergedStream(slots, partial(self._cancel, slots))
+        self._slots |= {slot: (stream, choice) for choice, slot in slots.items()}
         if request.watched:
-            self._watched.update(slots)
+            self._watched.update(slots.values())
         self._outbox.append(convert.link_submit(request, slots))
         self._work.set()
         return stream
@@ -130,7 +130,7 @@ class EngineLink:
             self._last_slot = (self._last_slot + 1) % SLOTS
         return self._last_slot
 
-    def _cancel(self, slots: list[int], choices: list[int]) -> None:
+    def _cancel(self, slots: dict[int, int], choices: list[int]) -> None:
         """A command for the slots that the worker has not ended itself."""
         live = [slots[choice] for choice in choices if self._slots.pop(slots[choice], None)]
         self._outbox.extend(live)
@@ -144,6 +144,7 @@ class EngineLink:
         if self.ended.done():
             return
         self.ended.set_result(why)
+        self._work.set()
         self._on_end(self)
         parts: list[tuple[MergedStream | PendingVectors, int]] = [*self._slots.values(), *self._texts.values()]
         requests = {id(request): request for request, _ in parts}
@@ -154,7 +155,7 @@ class EngineLink:
 
     async def _write(self, call: "grpc.aio.StreamStreamCall[pb.Command, pb.StepUpdate]") -> None:
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # the reader tells why
-            while True:
+            while not self.ended.done():  # a write to a lost worker may swallow the cancellation of this task
                 await self._work.wait()
                 while self._outbox or self._seen_step:
                     await call.write(self._next_command())

@@ -46,7 +46,7 @@ class Supervisor:
         `embedder_revision`: of the model that they must embed with; None: any, or none.
         Raises ConfigError if TLS files are missing or cannot be read.
         """
-        self.backend = EngineClient(channel_credentials(config))
+        self.backend = EngineClient(channel_credentials(config), config.resume_timeout)
         self.launcher = launcher
         self._config = config
         self._checkpoint_digest, self._embedder_revision = checkpoint_digest, embedder_revision

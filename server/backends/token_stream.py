@@ -1,7 +1,7 @@
 """The mailbox of one request: news of its choices merges until somebody takes it."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 
 from millrace.server.errors import EngineLost, EngineRestarting, RequestError
 from millrace.server.types import Finish, Logprobs, TokenDelta
@@ -10,10 +10,10 @@ from millrace.server.types import Finish, Logprobs, TokenDelta
 class MergedStream:
     """A `TokenStream`. Whoever fills it calls the methods of the second half, on the same event loop."""
 
-    def __init__(self, choices: int, cancel: Callable[[list[int]], None]):
+    def __init__(self, choices: Iterable[int], cancel: Callable[[list[int]], None]):
         """`cancel(choices)` frees what open choices hold; it is called for each at most once."""
         self.admitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._open = set(range(choices))
+        self._open = set(choices)
         self._news: dict[int, TokenDelta] = {}
         self._error: RequestError | None = None
         self._delivered = 0

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import grpc
 
+from millrace.server.backends.continued_stream import ContinuedStream
 from millrace.server.backends.engine_link import Check, EngineLink
 from millrace.server.backends.token_stream import MergedStream
 from millrace.server.errors import Draining, EngineRestarting, FeatureUnsupported, ModelLoading, RequestError
@@ -14,12 +15,15 @@ from millrace.server.types import BackendInfo, EmbedderInfo, EmbedRequest, Engin
 class EngineClient:
     """Outlives its workers: `connect` again after a link is lost, to the same address or another one.
 
-    When a link is lost each stream ends once: with EngineRestarting if it had delivered no token, else
-    with EngineLost, whose metadata says `tokens_delivered`. Texts fail with EngineRestarting.
+    When a link is lost its streams go on with the next one, see `ContinuedStream`. One that has waited `patience`
+    seconds in vain ends: with EngineRestarting if it had delivered no token, else with EngineLost, whose metadata says
+    `tokens_delivered`. Texts fail with EngineRestarting.
     """
 
-    def __init__(self, credentials: grpc.ChannelCredentials | None = None):
+    def __init__(self, credentials: grpc.ChannelCredentials | None = None, patience: float = 0):
         """Credentials are for TCP; without them workers are on Unix sockets."""
+        self._patience = patience
+        self._arrival = asyncio.Event()  # of a worker, or of the end
         self._credentials = credentials
         self._link: EngineLink | None = None
         self._served = False
@@ -41,17 +45,27 @@ class EngineClient:
             await link.close()
             raise
         self._link, self._served = link, True
+        self._arrival.set()
         self._announce(True)
         return link
 
-    async def generate(self, request: TokenRequest) -> MergedStream:
-        stream = self._present().submit(request)
+    async def generate(self, request: TokenRequest) -> ContinuedStream:
+        stream = ContinuedStream(self, request, self._patience)
         try:
-            await stream.admitted
+            await stream.start()
         except BaseException:
             stream.abandon()
             raise
         return stream
+
+    def begin(self, request: TokenRequest) -> MergedStream:
+        """Send a request to the present worker; its stream says whether it runs."""
+        return self._present().submit(request)
+
+    async def present(self) -> None:
+        """Wait for a worker. Raises Draining after `close`."""
+        await self._arrival.wait()
+        self._present()
 
     async def embed(self, request: EmbedRequest) -> list[bytes]:
         pending = self._present().embed(request)
@@ -85,6 +99,7 @@ class EngineClient:
 
     async def close(self) -> None:
         self._closed = True
+        self._arrival.set()
         if self._link is not None:
             await self._link.close()
         await asyncio.gather(*self._goodbyes)
@@ -103,6 +118,8 @@ class EngineClient:
 
     def _lost(self, link: EngineLink) -> None:
         self._link = None
+        if not self._closed:
+            self._arrival.clear()
         goodbye = asyncio.create_task(link.close())
         self._goodbyes.add(goodbye)
         goodbye.add_done_callback(self._goodbyes.discard)

@@ -86,7 +86,7 @@ class Admission:
 
     def check_deadline(self, sequence: Seq, running: int) -> None:
         """Raise DeadlineUnattainable if what waits before it, and its own time, are expected to take too long."""
-        if sequence.request.deadline_us is None:
+        if sequence.request.deadline_us is None or not self._step_time.is_known:
             return
         waits, takes = self._backlog_us(sequence, running), self._takes_us(sequence, running)
         if CAUTION * waits + takes > sequence.request.deadline_us:
@@ -94,14 +94,14 @@ class Admission:
 
     def is_too_late(self, sequence: Seq, running: int, now_us: int) -> bool:
         """Whether one that would run from now on, beside those that do, is expected to miss its deadline."""
-        if sequence.deadline_us is None:
+        if sequence.deadline_us is None or not self._step_time.is_known:
             return False
         return now_us + self._takes_us(sequence, running) > sequence.deadline_us
 
     def endangers(self, running: Sequence[Seq], now_us: int) -> bool:
         """Whether one sequence more makes one of those that run miss a deadline that it would else meet."""
         some = [s for s in running if s.deadline_us is not None]
-        if not some:
+        if not some or not self._step_time.is_known:
             return False
         before, _ = self._full_step_us(len(running), True)
         after, _ = self._full_step_us(len(running) + 1, True)

@@ -227,7 +227,8 @@ class Scheduler:
             self._now_us,
             prompt_len=tokens,
             limit=min(tokens + request.max_output_tokens, self.limits.max_model_len),
-            length=tokens,
+            length=tokens + len(request.output_ids),
+            output=list(request.output_ids),
             rank=request.priority,
             stop_token_ids=request.stop_token_ids,
             deadline_us=None if request.deadline_us is None else self._now_us + request.deadline_us,
@@ -436,7 +437,7 @@ class Scheduler:
         sequence.tenant.running += 1
         sequence.tenant.blocks += len(sequence.blocks)
         if sequence.queue_us is None:
-            self._note_start(sequence, 0 if donor else sequence.scheduled)
+            self._note_start(sequence, 0 if donor else min(sequence.scheduled, sequence.prompt_len))
         self._ranks[sequence.rank] += 1
         self._running.append(sequence)
         plan.admitted.append(sequence)

@@ -37,6 +37,7 @@ class SequenceRequest:
     deadline_us: int | None = None
     cache: CachePolicy = field(default_factory=CachePolicy)
     watched: bool = False  # its text may end it at any token
+    output_ids: abc.Sequence[int] = ()  # that it has already: it goes on after them
 
 
 class SequenceToken(NamedTuple):
@@ -144,7 +145,8 @@ class Sequence:
     def least_output(self) -> int:
         """Tokens that it yields at least, whatever they are."""
         ends_by_itself = self.request.stop_token_ids or self.request.watched
-        return max(1, self.request.min_output_tokens) if ends_by_itself else self.limit - self.prompt_len
+        least = self.request.min_output_tokens if ends_by_itself else self.limit - self.prompt_len
+        return max(1, least - len(self.output))
 
     @property
     def end_us(self) -> int | None:

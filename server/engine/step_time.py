@@ -12,6 +12,7 @@ FORGET = 0.98  # weight of what was known, with each step
 RIDGE = 1e-3
 SWEEPS = 2
 SURPRISE = 4.0  # a step that took this many times what was expected counts as that
+COLD = 2  # first steps, which compile and touch memory for the first time, and say nothing
 FAMILIAR = 16  # steps after which an expectation is one
 FIRST_CHUNK = 32  # prompt tokens of the first step; each later one may have as many as were seen, and these
 LEAST_CHUNK = 16  # prompt tokens that a step takes even if its time is used up: prompts advance, whatever decodes
@@ -37,17 +38,24 @@ class StepTime:
         self._prompt_tokens = 0
 
     @property
+    def is_known(self) -> bool:
+        """Whether enough steps were seen to refuse somebody for what they say."""
+        return self._steps >= COLD + FAMILIAR
+
+    @property
     def first_guess(self) -> int:
         """Prompt tokens that a step may have for what is known of them."""
         return FIRST_CHUNK + self._prompt_tokens if self._prompt_tokens < 8 * FIRST_CHUNK else UNLIMITED
 
     def observe(self, work: Work, elapsed_us: int) -> None:
         """A step of that work took that long."""
-        expected = self.predict(work)
-        if self._steps >= FAMILIAR and expected > 0:
-            elapsed_us = min(elapsed_us, round(SURPRISE * expected))
         self._steps += 1
         self._prompt_tokens += work.prompt_tokens
+        if self._steps <= COLD:
+            return
+        expected = self.predict(work)
+        if self.is_known and expected > 0:
+            elapsed_us = min(elapsed_us, round(SURPRISE * expected))
         x = (1.0, work.prompt_tokens / SCALES[1], work.decoding / SCALES[2], work.attention / SCALES[3])
         for i, row in enumerate(self._products):
             for j in range(4):

@@ -13,12 +13,13 @@ from millrace.server.types import EmbedderInfo
 
 
 def checked_request(request: SequenceRequest, vocab_size: int) -> SequenceRequest:
-    """The request with its prompt as an array of int32. InvalidRequest unless every id and count is usable."""
-    prompt = np.asarray(request.prompt_ids, np.int64)
+    """The request with its tokens as arrays of int32. InvalidRequest unless every id and count is usable."""
+    prompt, output = np.asarray(request.prompt_ids, np.int64), np.asarray(request.output_ids, np.int64)
     if len(prompt) == 0:
         raise InvalidRequest.at("prompt", "is empty; give at least one token")
     for name, ids in {
         "prompt": prompt,
+        "output_ids": output,
         "stopping.stop_token_ids": np.fromiter(request.stop_token_ids, np.int64),
         "sampling.logit_bias": np.fromiter(request.sampling.logit_bias, np.int64),
     }.items():
@@ -32,7 +33,13 @@ def checked_request(request: SequenceRequest, vocab_size: int) -> SequenceReques
         )
     if request.min_output_tokens and len(request.stop_token_ids) >= vocab_size:
         raise InvalidRequest.at("stopping.stop_token_ids", "leave no token for the first min_output_tokens")
-    return replace(request, prompt_ids=array("i", prompt.astype(np.int32).tobytes()))
+    if len(output) >= request.max_output_tokens:
+        raise InvalidRequest.at("output_ids", f"has all of the {request.max_output_tokens} tokens (max_output_tokens)")
+    return replace(
+        request,
+        prompt_ids=array("i", prompt.astype(np.int32).tobytes()),
+        output_ids=array("i", output.astype(np.int32).tobytes()),
+    )
 
 
 def checked_text(text: TextRequest, info: EmbedderInfo) -> TextRequest:

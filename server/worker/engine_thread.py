@@ -206,10 +206,7 @@ def admit(submit: Callable[..., None], parts: Sequence[SequenceRequest | TextReq
 
 
 def warm_up(engine: StepEngine) -> None:
-    """Generate and embed one token, so that what the first steps compile or allocate is not a client's wait.
-
-    The prompt shows the engine how long its steps take.
-    """
+    """Generate and embed one token, so that what the first steps compile or allocate is not a client's wait."""
     try:
         if engine.info.max_model_len > 1:
             greedy = Sampling(temperature=0)

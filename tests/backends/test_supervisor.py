@@ -29,6 +29,7 @@ from link_fakes import (
 )
 
 from millrace.server.backends import supervisor as supervision
+from millrace.server.backends.continued_stream import MOST_WITHOUT_PROGRESS
 from millrace.server.backends.supervisor import FIRST_DELAY, LONGEST_DELAY, Supervisor, backoff
 from millrace.server.backends.worker_process import Launcher
 from millrace.server.config import EngineConfig, SupervisorConfig
@@ -40,9 +41,12 @@ DIGEST = INFO.checkpoint_digest
 
 
 @asynccontextmanager
-async def supervised(model: str = "0.002", hang_timeout: float = 30) -> AsyncIterator[Supervisor]:
+async def supervised(
+    model: str = "0.002", hang_timeout: float = 30, resume_timeout: float = 0
+) -> AsyncIterator[Supervisor]:
     launcher = Launcher(EngineConfig(model=model), WORKER)
-    supervisor = Supervisor(launcher, SupervisorConfig(worker_hang_timeout=hang_timeout), DIGEST)
+    config = SupervisorConfig(worker_hang_timeout=hang_timeout, resume_timeout=resume_timeout)
+    supervisor = Supervisor(launcher, config, DIGEST)
     try:
         await supervisor.start()
         yield supervisor
@@ -143,6 +147,48 @@ async def test_a_killed_worker_is_replaced_and_its_streams_end_once() -> None:
         await next_readiness(supervisor, True)
         assert pid_of(supervisor) != pid
         await expect_service(supervisor, 4)
+
+
+async def test_streams_of_a_killed_worker_go_on_with_the_next_one() -> None:
+    async with supervised("0.01", resume_timeout=30) as supervisor:
+        backend, pid = supervisor.backend, pid_of(supervisor)
+        streams = [await backend.generate(token_request(i, 100, n=1 + i % 2, queue_timeout=30)) for i in range(1, 7)]
+        await anext(streams[0])
+        streams[2].stop(1)
+        await asyncio.sleep(0.1)
+        os.kill(pid, signal.SIGKILL)
+        streams[4].stop(0)  # while nobody computes it
+        for i, stream in enumerate(streams[1:], 2):
+            tokens, last, _ = await collect(stream)
+            whole = [choice for choice, delta in last.items() if delta.finish]
+            assert whole == [choice for choice in range(1 + i % 2) if (i, choice) not in ((3, 1), (5, 0))]
+            assert {choice: tokens[choice] for choice in whole} == {c: script([i], c, 100) for c in whole}
+        assert pid_of(supervisor) != pid
+
+
+async def test_a_request_that_kills_every_worker_is_given_up() -> None:
+    async with supervised(resume_timeout=30) as supervisor:
+        deaths = []
+        supervisor.backend.on_ready(deaths.append)
+        with pytest.raises(EngineRestarting):
+            await supervisor.backend.generate(token_request(CRASHES, 5))
+        assert 1 <= deaths.count(False) <= 1 + MOST_WITHOUT_PROGRESS
+        await next_readiness(supervisor, True)
+        await expect_service(supervisor, 5)
+
+
+async def test_what_is_stopped_while_there_is_no_worker_waits_for_none() -> None:
+    async with supervised("0.01", resume_timeout=30) as supervisor:
+        stream = await supervisor.backend.generate(token_request(1, 5000, n=2))
+        await anext(stream)
+        os.kill(pid_of(supervisor), signal.SIGKILL)
+        waiting = asyncio.create_task(collect(stream))
+        await next_readiness(supervisor, False)
+        await asyncio.sleep(0)
+        stream.stop(0)
+        stream.stop(1)
+        async with asyncio.timeout(0.2):
+            await waiting
 
 
 async def test_a_crashed_engine_is_replaced() -> None:

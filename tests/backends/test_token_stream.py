@@ -7,7 +7,7 @@ from millrace.server.errors import EngineLost, EngineRestarting
 
 
 async def test_a_lost_stream_counts_what_waits_to_be_taken() -> None:
-    stream = MergedStream(1, lambda choices: None)
+    stream = MergedStream(range(1), lambda choices: None)
     stream.admit()
     stream.push(0, 5)
     assert [delta.token_ids for delta in await anext(stream)] == [[5]]
@@ -21,7 +21,7 @@ async def test_a_lost_stream_counts_what_waits_to_be_taken() -> None:
 
 
 async def test_a_stream_lost_before_its_first_token_was_taken_can_be_retried() -> None:
-    stream = MergedStream(1, lambda choices: None)
+    stream = MergedStream(range(1), lambda choices: None)
     stream.admit()
     stream.push(0, 5)
     stream.lose("gone")

@@ -56,7 +56,7 @@ class Reader(threading.Thread):
 
 @pytest.mark.slow
 def test_killed_worker(start_server, make_request) -> None:
-    server = start_server()
+    server = start_server("--resume-timeout", "0")
     states: list[int] = []
     health = health_pb2_grpc.HealthStub(server.channel)
     watch = health.Watch(health_pb2.HealthCheckRequest(service="millrace.v1.GenerationService"))
@@ -108,7 +108,7 @@ def follow(watch, states: list[int]) -> None:
 
 @pytest.mark.slow
 def test_hung_worker(start_server, make_request) -> None:
-    server = start_server("--worker-hang-timeout", "2")
+    server = start_server("--worker-hang-timeout", "2", "--resume-timeout", "0")
     reader = Reader(server, make_request("The first rule", stopping=ENDLESS))
     assert reader.begun.wait(60)
     (pid,) = server.worker_pids()
