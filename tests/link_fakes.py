@@ -86,7 +86,7 @@ class ScriptedEngine:
         self.texts: dict[int, TextRequest] = {}
         self.seen_texts: list[TextRequest] = []
         self.cancelled: list[int] = []
-        self.steps = self.progress = self.checks = 0
+        self.steps = self.entered = self.progress = self.checks = 0
         self.threads: set[int] = set()
         self.closed = False
 
@@ -122,6 +122,7 @@ class ScriptedEngine:
 
     def step(self) -> StepOutput:
         self.threads.add(threading.get_ident())
+        self.entered += 1
         if self.permits and self.steps:
             self.permits.acquire()
         time.sleep(self.step_seconds)

@@ -34,9 +34,8 @@ def requests(make_request, count: int) -> list[pb.GenerateRequest]:
 
 def follow(server, request: pb.GenerateRequest, begun: threading.Semaphore | None = None) -> tuple:
     """All that a client sees, but for how it was cut into messages."""
-    texts, ids, logprobs, finishes, sequence = {}, {}, {}, {}, 0
-    for event in server.generation.StreamGenerate(request, timeout=300):
-        sequence += 1
+    texts, ids, logprobs, finishes = {}, {}, {}, {}
+    for sequence, event in enumerate(server.generation.StreamGenerate(request, timeout=300), 1):
         assert event.sequence == sequence
         last = event
         for choice in event.deltas.choices:

@@ -145,7 +145,7 @@ async def test_cancels_and_gateways_that_go_free_their_texts() -> None:
     async with worker(ScriptedEngine(permits=gate)) as served, stub_of(served) as stub:
         call = stub.Connect()
         await call.write(pb.Command(submits=[submit(1, 50_000)]))
-        await until(lambda: served.engine.has_work)
+        await until(lambda: served.engine.entered > served.engine.steps)
         await call.write(pb.Command(embeds=[embed(slot) for slot in range(2, 8)], cancels=[2, 3]))
         await until(lambda: len(served.service._owners) == 5)
         gate.release(2)  # the step that runs already, and the next one
