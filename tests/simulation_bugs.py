@@ -10,6 +10,7 @@ from simulation_world import World
 
 from millrace.server.engine.prefixes import Chain
 from millrace.server.engine.sequence import Sequence, Status
+from millrace.server.engine.tenants import Tenant
 
 Bug = Callable[[World], None]
 
@@ -27,7 +28,7 @@ def leak_on_abort_while_reading_the_prompt(world: World) -> None:
         else:
             method(sequence)
 
-    around(world.scheduler, "_release", release)
+    around(world.scheduler._running, "_release", release)
 
 
 def double_free_when_one_of_several_choices_ends(world: World) -> None:
@@ -36,7 +37,7 @@ def double_free_when_one_of_several_choices_ends(world: World) -> None:
             world.pool.release(sequence.blocks[:1])
         method(sequence)
 
-    around(world.scheduler, "_release", release)
+    around(world.scheduler._running, "_release", release)
 
 
 def a_completion_counts_twice(world: World) -> None:
@@ -112,7 +113,17 @@ def the_least_class_comes_first(world: World) -> None:
 
 
 def service_is_not_charged(world: World) -> None:
-    around(world.scheduler, "_charge", lambda method, sequence, start, end: None)
+    around(world.scheduler.tenants, "enter", lambda method, *words: with_no_service(method(*words)))
+
+
+class Unserved(Tenant):
+    def charge(self, prompt_tokens: int, output_tokens: int) -> None:
+        pass
+
+
+def with_no_service(tenant: Tenant) -> Tenant:
+    tenant.__class__ = Unserved
+    return tenant
 
 
 def recomputed_tokens_are_charged(world: World) -> None:
@@ -148,19 +159,19 @@ def with_chain(sequence: Sequence, make: Callable[[Sequence], Chain]) -> Sequenc
 
 
 def deadlines_are_ignored_in_the_queue(world: World) -> None:
-    def note_end(method: Any, sequence: Sequence) -> None:
+    def note(method: Any, sequence: Sequence) -> None:
         if sequence.status is Status.RUNNING:
             method(sequence)
 
-    around(world.scheduler, "_note_end", note_end)
+    around(world.scheduler._deadlines, "note", note)
 
 
 def a_choice_reads_a_block_that_was_not_copied(world: World) -> None:
-    def copy_rest(method: Any, plan: Any, *words: Any) -> None:
-        method(plan, *words)
+    def begin(method: Any, sequence: Sequence, shared: int, serial: Any, plan: Any) -> None:
+        method(sequence, shared, serial, plan)
         plan.copies.clear()
 
-    around(world.scheduler, "_copy_rest", copy_rest)
+    around(world.scheduler._sharing, "begin", begin)
 
 
 def blocks_are_found_before_they_are_computed(world: World) -> None:
@@ -169,7 +180,7 @@ def blocks_are_found_before_they_are_computed(world: World) -> None:
         "_plan_chunk",
         lambda method, plan, sequence, budget: (
             method(plan, sequence, budget),
-            world.scheduler._publish(sequence, sequence.scheduled),
+            world.scheduler._sharing.publish(sequence, sequence.scheduled),
         ),
     )
 
@@ -191,9 +202,9 @@ def a_victim_keeps_its_lane(world: World) -> None:
         lane = sequence.lane
         method(sequence)
         if sequence.preemptions == 1:
-            world.scheduler._lanes.remove(lane)
+            world.scheduler._running._lanes.remove(lane)
 
-    around(world.scheduler, "_stop_running", stop_running)
+    around(world.scheduler._running, "stop", stop_running)
 
 
 def a_preempted_one_starves(world: World) -> None:

@@ -280,12 +280,12 @@ class World:
     def _check(self) -> None:
         scheduler = self.scheduler
         if self.held:
-            scheduler._leaving[-1] = stub = Sequence.__new__(Sequence)
+            scheduler._running._leaving[-1] = stub = Sequence.__new__(Sequence)
             stub.blocks, stub.in_flight, stub.status, stub.lane = self.held, 1, Status.WAITING, -1
         try:
             scheduler.check()
         finally:
-            scheduler._leaving.pop(-1, None)
+            scheduler._running._leaving.pop(-1, None)
         assert scheduler.waiting <= self.limits.max_queued_requests + self.limits.lanes + 3
         owners: dict[int, tuple[str, str]] = {}
         for sequence in scheduler._running:
@@ -300,7 +300,7 @@ class World:
         scheduler = self.scheduler
         assert (scheduler.running, scheduler.waiting, scheduler.waiting_tokens) == (0, 0, 0)
         assert self.pool.free == self.pool.total
-        assert len(scheduler._ends) == len(scheduler._queue._ages) == 0
+        assert len(list(scheduler._deadlines)) == len(scheduler._queue._ages) == 0
         assert scheduler._flights == {}
         self._count("preempted", scheduler.preemptions)
 

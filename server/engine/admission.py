@@ -1,6 +1,6 @@
 """Who may wait: bounds on what is queued, and deadlines that cannot be met."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from millrace.server.engine.blocks import BlockPool
 from millrace.server.engine.plan import Limits
@@ -98,7 +98,7 @@ class Admission:
             return False
         return now_us + self._takes_us(sequence, running) > sequence.deadline_us
 
-    def endangers(self, running: Sequence[Seq], now_us: int) -> bool:
+    def endangers(self, running: Collection[Seq], now_us: int) -> bool:
         """Whether one sequence more makes one of those that run miss a deadline that it would else meet."""
         some = [s for s in running if s.deadline_us is not None]
         if not some or not self._step_time.is_known:

@@ -1,11 +1,13 @@
 """What a step consists of, and within which bounds."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
 from millrace.server.engine.sequence import Sequence
 from millrace.server.engine.step_time import Work
+from millrace.server.engine.tenants import Tenant
 
 MANY = 1 << 30
 
@@ -64,6 +66,44 @@ class Plan:
     prefill_tokens: int = 0
     attention: int = 0  # sum over its tokens of the tokens that each looks at
 
+    def add_decodes(self, decoding: list[Sequence]) -> None:
+        """As `_add` for one token of each, in one loop: most rows there are."""
+        step, rows, attention = self.step, self.rows, 0
+        served: list[Tenant] = []
+        for sequence in decoding:
+            end = sequence.length
+            source = sequence.source if sequence.pending else None
+            sequence.source = step, len(rows)
+            rows.append(new_row((sequence, end - 1, end, True, source)))
+            attention += end
+            if end > sequence.charged:
+                if end > sequence.prompt_len:
+                    served.append(sequence.tenant)
+                else:
+                    sequence.tenant.charge(1, 0)
+            sequence.scheduled = end
+            sequence.in_flight += 1
+            sequence.pending += 1
+            sequence.length = end + 1
+        for tenant, tokens in Counter(served).items():
+            tenant.charge(0, tokens)
+        self.decode_tokens, self.attention = len(rows), attention
+
+    def add(self, sequence: Sequence, count: int) -> None:
+        """The next `count` tokens of a sequence that lacks more than one."""
+        start, end = sequence.scheduled, sequence.scheduled + count
+        samples = end == sequence.length
+        self.rows.append(Row(sequence, start, end, samples, sequence.source if sequence.pending else None))
+        self.attention += count * (start + end + 1) // 2
+        sequence.scheduled = end
+        sequence.in_flight += 1
+        charge(sequence, max(start, sequence.charged), end)
+        if samples:
+            sequence.source = (self.step, len(self.rows) - 1)
+            sequence.pending += 1
+            sequence.length += 1
+        self.prefill_tokens += count
+
     def drop(self, sequence: Sequence) -> None:
         """A sequence that has no row in it gives way after all."""
         self.admitted = [one for one in self.admitted if one is not sequence]
@@ -73,3 +113,9 @@ class Plan:
     @property
     def work(self) -> Work:
         return Work(self.prefill_tokens, self.decode_tokens, self.attention)
+
+
+def charge(sequence: Sequence, start: int, end: int) -> None:
+    """`charged` is as far as it came before it gave way, or a step was lost: that costs nothing again."""
+    prompt = max(0, min(end, sequence.prompt_len) - start)
+    sequence.tenant.charge(prompt, max(0, end - start) - prompt)

@@ -4,7 +4,7 @@ The victim is of the least class; in it, the one that gave way least often, so t
 those the one with the fewest tokens to compute again; then the latest arrival.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from millrace.server.engine.sequence import Sequence as Seq
 from millrace.server.engine.tenants import Tenants
@@ -17,7 +17,7 @@ def cost(sequence: Seq) -> tuple[int, int, int, int]:
     return -sequence.rank, sequence.preemptions, sequence.scheduled, -sequence.arrival
 
 
-def cheapest(running: Sequence[Seq]) -> Seq:
+def cheapest(running: Iterable[Seq]) -> Seq:
     return min(running, key=cost)
 
 
@@ -36,7 +36,7 @@ class Claim:
             tenant.blocks + blocks <= share * total_blocks and tenant.running + 1 <= max(1.0, share * lanes)
         ) and tenants.active > 1
 
-    def victims(self, running: Sequence[Seq]) -> list[Seq]:
+    def victims(self, running: Iterable[Seq]) -> list[Seq]:
         """Those that may have to give way, the cheapest first."""
         return sorted(filter(self._takes_from, running), key=cost)
 

@@ -12,7 +12,10 @@ from simulation_world import World
 
 SOAK = Path(__file__).parent / "soak.py"
 ENGINE = Path(__file__).parent.parent.parent / "server" / "engine"
-JUDGED = ("admission", "budget", "heap", "plan", "preemption", "queue", "scheduler", "step_time", "tenants")
+JUDGED = (
+    *("admission", "budget", "deadlines", "heap", "plan", "preemption"),
+    *("queue", "running", "scheduler", "sharing", "step_time", "tenants"),
+)
 ENDS = ("stop", "max_tokens", "context_length", "time_limit", "cancelled", "preempted", "lost", "repeated")
 REFUSALS = ("QueueFull", "TenantQueueFull", "QueueTimeout", "DeadlineExceeded", "DeadlineUnattainable", "InternalError")
 
