@@ -60,6 +60,7 @@ def measure_ours(
     try:
         config = EngineConfig(
             prefix_caching=False,
+            max_step_time=0,
             model=str(model),
             embedding_model="off",
             max_model_len=workload.context,

@@ -120,6 +120,7 @@ def main() -> None:
     try:
         config = EngineConfig(
             prefix_caching=False,
+            max_step_time=0,
             model=str(locate(options.model, options.work_dir)[0]),
             embedding_model="off",
             quantization=options.quantization,
