@@ -45,6 +45,7 @@ def measure(model: str, batch: int, steps: int) -> tuple[float, float, float]:
         model=model,
         embedding_model="off",
         quantization="int8",
+        max_step_time=0,
         max_num_seqs=batch,
         max_num_batched_tokens=batch * len(PROMPT),
         max_model_len=len(PROMPT) + steps,

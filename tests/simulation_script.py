@@ -92,6 +92,7 @@ def write_request(r: random.Random, setting: dict[str, Any]) -> dict[str, Any]:
         "read": r.random() < 0.9,
         "write": r.random() < 0.9,
         "salt": r.choice(("", "", "", "x")),
+        "given": r.choice((0, 0, 0, r.randint(1, 8))),  # tokens that it has from another worker
     }
 
 

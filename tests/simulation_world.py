@@ -3,6 +3,7 @@
 import hashlib
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from simulation_device import Device, Truth
@@ -63,17 +64,20 @@ class World:
     def _arrive(self, number: int, asked: dict[str, Any]) -> None:
         base = 10 * number
         requests = [self._request(base + choice, choice, asked) for choice in range(asked["n"])]
+        truths = [Truth(request, self.limits.max_model_len) for request in requests]
+        given = [truth.output[: min(asked["given"], len(truth.output) - 1)] for truth in truths]
+        requests = [replace(request, output_ids=tokens) for request, tokens in zip(requests, given, strict=True)]
         refused = self._submit(requests)
         if refused is not None:
             self._count(type(refused).__name__)
             self._note(("rejected", base, type(refused).__name__))
             assert not isinstance(refused, QueueFull | DeadlineUnattainable) or (refused.retry_after or 0) > 0
             return
-        for request in requests:
+        for request, truth in zip(requests, truths, strict=True):
             self.requests[request.sequence_id] = request
-            self.truths[request.sequence_id] = Truth(request, self.limits.max_model_len)
+            self.truths[request.sequence_id] = truth
             self.arrived[request.sequence_id] = self.scheduler._now_us
-            self.output[request.sequence_id] = []
+            self.output[request.sequence_id] = list(request.output_ids)
 
     def _submit(self, requests: list[SequenceRequest]) -> RequestError | None:
         scheduler = self.scheduler

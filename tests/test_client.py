@@ -192,14 +192,19 @@ def test_every_option_reaches_its_field() -> None:
             "labels": {"a": "b"},
             "logit_bias": {5: 1.5},
             "retrieval": {"collection": "c"},
+            "priority": "low",
+            "cache": {"salt": "s", "bypass_read": True},
         }.get(name, 1)
         for name in Options.__annotations__
     } | {"stop_strings": ["x", "y"], "stop_token_ids": [7]}
     request = generate_request("p", "m", given)  # type: ignore[arg-type]  # built at run time
-    parts = (request.sampling, request.stopping, request.output, request.stream, request)
+    parts = (request.sampling, request.stopping, request.output, request.stream, request.scheduling, request)
     arrived = {field.name for part in parts for field, _ in part.ListFields()} | {"mask_pii"}
     assert request.guardrails.pii == pb.PII_ACTION_MASK
     assert request.retrieval.collection == "c"
+    assert request.scheduling.priority == pb.PRIORITY_LOW
+    assert request.scheduling.queue_timeout.ToTimedelta().total_seconds() == 1
+    assert (request.cache.salt, request.cache.bypass_read, request.cache.bypass_write) == ("s", True, False)
     assert given.keys() - arrived == set()
     assert request.output.logprobs.top_n == 1
     assert request.stopping.time_limit.ToTimedelta().total_seconds() == 1
