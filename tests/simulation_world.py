@@ -65,7 +65,7 @@ class World:
         base = 10 * number
         requests = [self._request(base + choice, choice, asked) for choice in range(asked["n"])]
         truths = [Truth(request, self.limits.max_model_len) for request in requests]
-        given = [truth.output[: min(asked["given"], len(truth.output) - 1)] for truth in truths]
+        given = [truth.output[: min(asked.get("given", 0), len(truth.output) - 1)] for truth in truths]
         requests = [replace(request, output_ids=tokens) for request, tokens in zip(requests, given, strict=True)]
         refused = self._submit(requests)
         if refused is not None:
