@@ -88,7 +88,7 @@ class Admission:
         """Raise DeadlineUnattainable if what waits before it, and its own time, are expected to take too long."""
         if sequence.request.deadline_us is None or not self._step_time.is_known:
             return
-        waits, takes = self._backlog_us(sequence, running), self._takes_us(sequence, running)
+        waits, takes = self._backlog_us(sequence, running), self.takes_us(sequence, running)
         if CAUTION * waits + takes > sequence.request.deadline_us:
             raise unattainable(waits, takes, sequence.request.deadline_us)
 
@@ -96,11 +96,11 @@ class Admission:
         """Whether one that would run from now on, beside those that do, is expected to miss its deadline."""
         if sequence.deadline_us is None or not self._step_time.is_known:
             return False
-        return now_us + self._takes_us(sequence, running) > sequence.deadline_us
+        return now_us + self.takes_us(sequence, running) > sequence.deadline_us
 
-    def endangers(self, running: Collection[Seq], now_us: int) -> bool:
-        """Whether one sequence more makes one of those that run miss a deadline that it would else meet."""
-        some = [s for s in running if s.deadline_us is not None]
+    def endangers(self, arrival: Seq, running: Collection[Seq], now_us: int) -> bool:
+        """Whether it makes one of those that run, of no lesser class, miss a deadline that it would else meet."""
+        some = [s for s in running if s.deadline_us is not None and s.rank <= arrival.rank]
         if not some or not self._step_time.is_known:
             return False
         before, _ = self._full_step_us(len(running), True)
@@ -111,7 +111,7 @@ class Admission:
                 return True
         return False
 
-    def _takes_us(self, sequence: Seq, running: int) -> float:
+    def takes_us(self, sequence: Seq, running: int) -> float:
         """How long a sequence takes beside so many others."""
         step, prompt_us = self._full_step_us(running + 1, len(self._queue) > 1)
         steps = self._step_time.chunk_us(0, sequence.prompt_len) / prompt_us + sequence.least_output

@@ -266,6 +266,8 @@ class Scheduler:
 
     def _plan_prompts(self, plan: Plan, prefilling: list[Sequence]) -> None:
         """Chunks of prompts, begun or waiting, in the order of service until the step is full."""
+        if not prefilling and not len(self._queue):
+            return
         budget = Budget(self.limits, self.step_time, plan.work)
         begun = sorted(prefilling, key=self._aged_place, reverse=True)
         full = False
@@ -274,7 +276,7 @@ class Scheduler:
             if arrival is not None and not (begun and self._aged_place(begun[-1]) < place(arrival)):
                 if self._is_too_late(arrival):
                     continue
-                if not self._admission.endangers(self._running, self._now_us) and self._admit(plan, arrival):
+                if not self._admission.endangers(arrival, self._running, self._now_us) and self._admit(plan, arrival):
                     self._plan_chunk(plan, arrival, budget)
                     continue
                 full = True
@@ -324,9 +326,9 @@ class Scheduler:
         """End an arrival that would miss its deadline if it ran from now on."""
         if arrival.group.started or not self._admission.is_too_late(arrival, self.running, self._now_us):
             return False
+        left, takes = (arrival.deadline_us or 0) - self._now_us, self._admission.takes_us(arrival, self.running)
         self._end(arrival)
-        left = (arrival.deadline_us or 0) - self._now_us
-        self._ended.append(arrival.finished(None, error=unattainable(0, self._admission.alone_us(arrival), left)))
+        self._ended.append(arrival.finished(None, error=unattainable(0, takes, left)))
         return True
 
     def _fits(self, arrival: Sequence) -> bool:

@@ -58,9 +58,13 @@ class StepTime:
             elapsed_us = min(elapsed_us, round(SURPRISE * expected))
         x = (1.0, work.prompt_tokens / SCALES[1], work.decoding / SCALES[2], work.attention / SCALES[3])
         for i, row in enumerate(self._products):
-            for j in range(4):
-                row[j] = FORGET * row[j] + x[i] * x[j] + (RIDGE * (1 - FORGET) if i == j else 0.0)
-            self._sums[i] = FORGET * self._sums[i] + x[i] * elapsed_us
+            a = x[i]
+            row[0] = FORGET * row[0] + a * x[0]
+            row[1] = FORGET * row[1] + a * x[1]
+            row[2] = FORGET * row[2] + a * x[2]
+            row[3] = FORGET * row[3] + a * x[3]
+            row[i] += RIDGE * (1 - FORGET)
+            self._sums[i] = FORGET * self._sums[i] + a * elapsed_us
         for _ in range(SWEEPS):
             self._sweep()
 
@@ -108,5 +112,5 @@ class StepTime:
     def _sweep(self) -> None:
         costs = self._costs
         for i, row in enumerate(self._products):
-            rest = sum(row[j] * costs[j] for j in range(4) if j != i)
-            costs[i] = max(0.0, (self._sums[i] - rest) / row[i])
+            whole = row[0] * costs[0] + row[1] * costs[1] + row[2] * costs[2] + row[3] * costs[3]
+            costs[i] = max(0.0, (self._sums[i] - whole) / row[i] + costs[i])

@@ -9,6 +9,7 @@ from millrace.server.engine.blocks import BlockPool
 from millrace.server.engine.plan import Limits
 from millrace.server.engine.scheduler import Scheduler
 from millrace.server.errors import ExceedsKVCapacity, PromptTooLong, QueueFull
+from millrace.server.types import Priority
 
 
 def make_scheduler(blocks=100, block_size=4, **changes):
@@ -230,3 +231,45 @@ def test_queue_time_ends_with_the_first_row():
     scheduler.submit(make_request(2, [1], max_output_tokens=1), now_us=100)
     assert commit(scheduler, scheduler.plan(150))[1][0].queue_us == 50
     assert commit(scheduler, scheduler.plan(170))[1][0].queue_us == 70
+
+
+def test_a_tenant_with_more_than_its_share_gives_way_to_one_with_less():
+    scheduler = make_scheduler(blocks=12, block_size=4, max_num_batched_tokens=64, prefix_caching=False)
+    for sequence_id in (1, 2, 3):
+        scheduler.submit(make_request(sequence_id, range(8), tenant="a", max_output_tokens=8), now_us=0)
+    for _ in range(3):
+        commit(scheduler, scheduler.plan(0))
+    assert scheduler.pool.free < 4
+    scheduler.submit(make_request(4, range(8), tenant="b", max_output_tokens=8), now_us=0)
+    plan = scheduler.plan(0)
+    assert [s.request.sequence_id for s in plan.admitted] == [4]
+    assert scheduler.preemptions == 1
+    assert [row.sequence.request.sequence_id for row in plan.rows] == [1, 2, 4]
+    commit(scheduler, plan)
+    ended = []
+    while scheduler.has_work:
+        ended += [finish.sequence_id for finish in commit(scheduler, scheduler.plan(0))[1]]
+    assert sorted(ended) == [1, 2, 3, 4]
+    assert scheduler.preemptions <= 3, "nobody takes turns at giving way"
+
+
+def test_a_tenant_within_its_share_gives_way_to_nobody():
+    scheduler = make_scheduler(blocks=12, block_size=4, max_num_batched_tokens=64, prefix_caching=False)
+    scheduler.submit(make_request(1, range(20), tenant="a", max_output_tokens=4), now_us=0)
+    commit(scheduler, scheduler.plan(0))
+    scheduler.submit(make_request(2, range(30), tenant="b", max_output_tokens=4), now_us=0)
+    plan = scheduler.plan(0)
+    assert not plan.admitted
+    assert scheduler.preemptions == 0
+
+
+def test_one_that_gave_way_twice_gives_way_to_no_arrival():
+    scheduler = make_scheduler(blocks=6, block_size=4, max_num_batched_tokens=64, prefix_caching=False)
+    scheduler.submit(make_request(1, range(16), priority=Priority.LOW, max_output_tokens=8), now_us=0)
+    commit(scheduler, scheduler.plan(0))
+    for arrival in (2, 3, 4):
+        scheduler.submit(make_request(arrival, range(16), priority=Priority.HIGH, max_output_tokens=1), now_us=0)
+        while scheduler.running + scheduler.waiting == 2:
+            commit(scheduler, scheduler.plan(0))
+        commit(scheduler, scheduler.plan(0))
+    assert scheduler.preemptions == 2
