@@ -83,6 +83,7 @@ class ScriptedEngine:
         self.live: dict[int, tuple[SequenceRequest, list[int]]] = {}
         self.seen: list[SequenceRequest] = []
         self.waiting: list[int] = []  # until the next step begins
+        self.lock = threading.Lock()  # requests come from another thread
         self.texts: dict[int, TextRequest] = {}
         self.seen_texts: list[TextRequest] = []
         self.cancelled: list[int] = []
@@ -101,8 +102,9 @@ class ScriptedEngine:
             whole = script(request.prompt_ids, request.choice, request.max_output_tokens)
             tokens = whole[len(request.output_ids) :]
             assert whole[: len(request.output_ids)] == list(request.output_ids)
-            self.live[request.sequence_id] = request, tokens
-            self.waiting.append(request.sequence_id)
+            with self.lock:
+                self.live[request.sequence_id] = request, tokens
+                self.waiting.append(request.sequence_id)
 
     def embed(self, *texts: TextRequest) -> None:
         self.check_arrivals(texts[0].token_ids[0], len(self.texts) + len(texts))
@@ -128,9 +130,11 @@ class ScriptedEngine:
         time.sleep(self.step_seconds)
         self.steps += 1
         self.progress += 3
-        output = StepOutput(self.steps, started=[one for one in self.waiting if one in self.live])
-        self.waiting.clear()
-        for sequence_id, (request, tokens) in list(self.live.items()):
+        with self.lock:
+            output = StepOutput(self.steps, started=[one for one in self.waiting if one in self.live])
+            self.waiting.clear()
+            live = list(self.live.items())
+        for sequence_id, (request, tokens) in live:
             first = request.prompt_ids[0]
             if first == HANGS:
                 time.sleep(3600)
