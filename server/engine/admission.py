@@ -3,11 +3,13 @@
 from collections.abc import Collection, Sequence
 
 from millrace.server.engine.blocks import BlockPool
+from millrace.server.engine.budget import room_us
 from millrace.server.engine.plan import Limits
 from millrace.server.engine.queue import Queue
-from millrace.server.engine.sequence import Group, SequenceRequest
+from millrace.server.engine.sequence import Group, SequenceRequest, Status
 from millrace.server.engine.sequence import Sequence as Seq
-from millrace.server.engine.step_time import LEAST_CHUNK, UNLIMITED, StepTime, Work
+from millrace.server.engine.sharing import Sharing
+from millrace.server.engine.step_time import LEAST_CHUNK, StepTime, Work
 from millrace.server.engine.tenants import Tenant, Tenants
 from millrace.server.errors import (
     DeadlineUnattainable,
@@ -27,10 +29,21 @@ FORGET = 0.95  # weight of the mean output of what ended before, with each seque
 class Admission:
     """Asked before a request is queued; told of what ends, to know how long outputs are."""
 
-    def __init__(self, limits: Limits, pool: BlockPool, queue: Queue, tenants: Tenants, step_time: StepTime):
+    def __init__(
+        self,
+        limits: Limits,
+        pool: BlockPool,
+        queue: Queue,
+        tenants: Tenants,
+        step_time: StepTime,
+        sharing: Sharing,
+    ):
         self._limits, self._pool, self._queue = limits, pool, queue
-        self._tenants, self._step_time = tenants, step_time
+        self._tenants, self._step_time, self._sharing = tenants, step_time, sharing
         self._mean_output: float | None = None
+        self.is_full = (
+            False  # the first of the queue found no room in the last step: the others wait for outputs to end
+        )
 
     def check_size(self, request: SequenceRequest) -> None:
         """Raises PromptTooLong or ExceedsKVCapacity for what could never run."""
@@ -80,61 +93,83 @@ class Admission:
                     retry_after=self._drained_s(waiting + count - limits.max_queued_requests),
                 )
             shed.append(group)
-            waiting -= len(group.members)
-            waiting_tokens -= sum(s.prompt_len for s in group.members)
+            waiting -= sum(s.status is Status.WAITING for s in group.members)
+            waiting_tokens -= sum(s.prompt_len for s in group.members if s.status is Status.WAITING)
         return shed
 
     def check_deadline(self, sequence: Seq, running: int) -> None:
         """Raise DeadlineUnattainable if what waits before it, and its own time, are expected to take too long."""
-        if sequence.request.deadline_us is None or not self._step_time.is_known:
+        deadline_us = sequence.request.deadline_us
+        if deadline_us is None or not self._may_refuse(sequence):
             return
-        waits, takes = self._backlog_us(sequence, running), self.takes_us(sequence, running)
-        if CAUTION * waits + takes > sequence.request.deadline_us:
-            raise unattainable(waits, takes, sequence.request.deadline_us)
+        waits = CAUTION * self._backlog_us(sequence, running)
+        takes = self._takes_us(sequence, running, deadline_us - waits)
+        if waits + takes > deadline_us:
+            self._doubt(running, len(self._queue))
+            raise unattainable(waits, takes, deadline_us)
 
-    def is_too_late(self, sequence: Seq, running: int, now_us: int) -> bool:
-        """Whether one that would run from now on, beside those that do, is expected to miss its deadline."""
-        if sequence.deadline_us is None or not self._step_time.is_known:
-            return False
-        return now_us + self.takes_us(sequence, running) > sequence.deadline_us
+    def too_late(self, sequence: Seq, running: int, now_us: int) -> DeadlineUnattainable | None:
+        """What to say to the first of the queue if, running from now on, it is expected to miss its deadline."""
+        if sequence.deadline_us is None or not self._may_refuse(sequence):
+            return None
+        left = sequence.deadline_us - now_us
+        takes = self._takes_us(sequence, running, left)
+        if takes <= left:
+            return None
+        self._doubt(running, len(self._queue) - 1)
+        return unattainable(0, takes, left)
 
     def endangers(self, arrival: Seq, running: Collection[Seq], now_us: int) -> bool:
         """Whether it makes one of those that run, of no lesser class, miss a deadline that it would else meet."""
         some = [s for s in running if s.deadline_us is not None and s.rank <= arrival.rank]
         if not some or not self._step_time.is_known:
             return False
-        before, _ = self._full_step_us(len(running), True)
-        after, _ = self._full_step_us(len(running) + 1, True)
+        before, after = (self._full_step_us(count) for count in (len(running), len(running) + 1))
         for s in some:
-            left, tokens = (s.deadline_us or 0) - now_us, max(s.least_output, s.expected_output) - len(s.output)
+            left, tokens = (s.deadline_us or 0) - now_us, max(s.least_output, s.expected_output - len(s.output))
             if tokens * before <= left < tokens * after:
                 return True
         return False
 
-    def takes_us(self, sequence: Seq, running: int) -> float:
-        """How long a sequence takes beside so many others."""
-        step, prompt_us = self._full_step_us(running + 1, len(self._queue) > 1)
-        steps = self._step_time.chunk_us(0, sequence.prompt_len) / prompt_us + sequence.least_output
-        return max(self.alone_us(sequence), steps * step)
+    def _may_refuse(self, sequence: Seq) -> bool:
+        """Not on what a few steps say, and nobody who has been told already that it runs."""
+        return self._step_time.is_known and not sequence.group.started and not sequence.request.output_ids
 
-    def _full_step_us(self, decoding: int, waits: bool) -> tuple[float, float]:
-        """How long a step takes in which so many decode, and what of it is for prompts, which fill it if one waits."""
-        most = self._limits.max_step_us or UNLIMITED
-        decodes = self._step_time.predict(Work(0, decoding, 0))
-        least = self._step_time.chunk_us(0, LEAST_CHUNK)
-        prompts = max(most - decodes, least) or 1.0
-        return decodes + (prompts if waits else 0.0), prompts
+    def _doubt(self, running: int, waiting: int) -> None:
+        """Nobody who is refused by an idle engine shows that its estimate is wrong: so it is trusted less each time."""
+        if not running and not waiting:
+            self._step_time.doubt()
 
-    def alone_us(self, sequence: Seq) -> float:
-        """What a sequence takes at least."""
-        return self._step_time.alone_us(
-            sequence.scheduled, sequence.prompt_len, sequence.least_output, self._limits.max_step_us or UNLIMITED
-        )
+    def _takes_us(self, sequence: Seq, running: int, left_us: float) -> float:
+        """How long a sequence takes beside so many others; what the prefix cache has is looked for if it matters."""
+        takes = self._takes_from_us(sequence, running, 0)
+        if takes > left_us and (known := self._sharing.known_tokens(sequence)):
+            takes = self._takes_from_us(sequence, running, known)
+        limit = sequence.request.time_limit_us
+        return takes if limit is None else min(takes, limit)
+
+    def _takes_from_us(self, sequence: Seq, running: int, start: int) -> float:
+        step_time, tokens = self._step_time, sequence.prompt_len - start
+        decodes = step_time.predict(Work(0, running + 1, 0))
+        room = max(1.0, room_us(self._limits, step_time, Work(0, running, 0)))
+        prompt = step_time.chunk_us(start, tokens)
+        steps = min(prompt / room, tokens / LEAST_CHUNK) + sequence.least_output
+        others = step_time.chunk_us(0, self._queue.prompt_tokens_beside(sequence))
+        return prompt + steps * decodes + min(others, sequence.least_output * room)
+
+    def _full_step_us(self, decoding: int) -> float:
+        """How long a step takes in which so many decode, if prompts fill it."""
+        work = Work(0, decoding, 0)
+        return self._step_time.predict(work) + room_us(self._limits, self._step_time, work)
 
     def expect(self, sequence: Seq) -> int:
         """Tokens that a new sequence will yield, as far as one knows."""
         least = sequence.least_output
-        return least if self._mean_output is None else max(least, min(sequence.limit, round(self._mean_output)))
+        return (
+            least
+            if self._mean_output is None
+            else max(least, min(sequence.limit - sequence.prompt_len, round(self._mean_output)))
+        )
 
     def ended(self, sequence: Seq) -> None:
         """A sequence came to its natural end."""
@@ -146,8 +181,10 @@ class Admission:
         """How long what waits before a sequence will take: no more than its tenant's share of the engine lets in."""
         queue, tenant, rank = self._queue, sequence.tenant, sequence.rank
         lanes = min(self._limits.lanes, max(running, FEW))
-        everything = self._step_time.backlog_us(*queue.work_before(rank), lanes)
-        own = self._step_time.backlog_us(*queue.work_of(tenant, rank), lanes)
+        everything, own = (
+            self._step_time.backlog_us(prompt, output if self.is_full else 0, lanes)
+            for prompt, output in (queue.work_before(rank), queue.work_of(tenant, rank))
+        )
         return min(everything, own / self._tenants.share(tenant))
 
     def _drained_s(self, sequences: int) -> float:

@@ -5,6 +5,18 @@ from millrace.server.engine.sequence import Sequence
 from millrace.server.engine.step_time import LEAST_CHUNK, StepTime, Work
 
 
+def room_us(limits: Limits, step_time: StepTime, work: Work) -> float:
+    """The time that a step has for prompts beside its work, not below that of LEAST_CHUNK.
+
+    Where nobody decodes, prompts may take as long as what every step takes: nobody's stream is held by it.
+    """
+    if limits.max_step_us is None:
+        return step_time.chunk_us(0, limits.max_num_batched_tokens)
+    taken = step_time.predict(work)
+    room = limits.max_step_us - taken
+    return max(room, step_time.chunk_us(0, LEAST_CHUNK), 0.0 if work.decoding else taken)
+
+
 class Budget:
     """What is left of a step beside the work that it has. `tokens` 0: it is full."""
 
@@ -14,7 +26,7 @@ class Budget:
         self._left_us: float | None = None
         self._least = LEAST_CHUNK
         if limits.max_step_us is not None:
-            self._left_us = limits.max_step_us - step_time.predict(work)
+            self._left_us = room_us(limits, step_time, work)
             self.tokens = min(self.tokens, step_time.first_guess)
 
     def take(self, sequence: Sequence) -> int:

@@ -144,6 +144,12 @@ class Queue:
         """Prompt tokens, and output tokens that are expected, of that class and those before it."""
         return sum(prompt for prompt, _ in self._work[: rank + 1]), sum(output for _, output in self._work[: rank + 1])
 
+    def prompt_tokens_beside(self, sequence: Seq) -> int:
+        """Prompt tokens of the others that wait in its class and those before it."""
+        bucket = self._buckets[sequence.rank].get(sequence.tenant)
+        own = sequence.prompt_len if bucket is not None and sequence in bucket.sequences else 0
+        return self.work_before(sequence.rank)[0] - own
+
     def work_of(self, tenant: Tenant, rank: int) -> tuple[int, int]:
         """The same of one tenant."""
         buckets = [b[tenant] for b in self._buckets[: rank + 1] if tenant in b]

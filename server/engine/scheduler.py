@@ -11,7 +11,7 @@ much a step holds in `budget`, what is not computed twice in `sharing`.
 
 from collections.abc import Iterable, Mapping
 
-from millrace.server.engine.admission import Admission, unattainable
+from millrace.server.engine.admission import Admission
 from millrace.server.engine.blocks import BlockPool
 from millrace.server.engine.budget import Budget
 from millrace.server.engine.deadlines import Deadlines, last_word
@@ -36,13 +36,13 @@ class Scheduler:
         self.step_time = StepTime()
         self.tenants = Tenants()
         self._queue = Queue(limits.ageing_us, limits.max_running_of_tenant, self.tenants.share)
-        self._admission = Admission(limits, pool, self._queue, self.tenants, self.step_time)
+        self._sharing = Sharing(pool, self._queue)
+        self._admission = Admission(limits, pool, self._queue, self.tenants, self.step_time, self._sharing)
         self._arrivals = 0
         self._steps = 0
         self._now_us = 0
         self._live: dict[int, Sequence] = {}
         self._running = Running(pool, limits.lanes)
-        self._sharing = Sharing(pool, self._queue)
         self._flights: dict[int, int] = {}  # step -> its rows that did not come back
         self._deadlines = Deadlines()
         self._ended: list[SequenceFinished] = []  # to be told
@@ -266,20 +266,20 @@ class Scheduler:
 
     def _plan_prompts(self, plan: Plan, prefilling: list[Sequence]) -> None:
         """Chunks of prompts, begun or waiting, in the order of service until the step is full."""
+        self._admission.is_full = False
         if not prefilling and not len(self._queue):
             return
         budget = Budget(self.limits, self.step_time, plan.work)
         begun = sorted(prefilling, key=self._aged_place, reverse=True)
-        full = False
         while budget.tokens > 0:
-            arrival = None if full else self._queue.first()
+            arrival = None if self._admission.is_full else self._queue.first()
             if arrival is not None and not (begun and self._aged_place(begun[-1]) < place(arrival)):
                 if self._is_too_late(arrival):
                     continue
                 if not self._admission.endangers(arrival, self._running, self._now_us) and self._admit(plan, arrival):
                     self._plan_chunk(plan, arrival, budget)
                     continue
-                full = True
+                self._admission.is_full = True
             if not begun:
                 return
             self._plan_chunk(plan, begun.pop(), budget)
@@ -324,11 +324,11 @@ class Scheduler:
 
     def _is_too_late(self, arrival: Sequence) -> bool:
         """End an arrival that would miss its deadline if it ran from now on."""
-        if arrival.group.started or not self._admission.is_too_late(arrival, self.running, self._now_us):
+        error = self._admission.too_late(arrival, self.running, self._now_us)
+        if error is None:
             return False
-        left, takes = (arrival.deadline_us or 0) - self._now_us, self._admission.takes_us(arrival, self.running)
         self._end(arrival)
-        self._ended.append(arrival.finished(None, error=unattainable(0, takes, left)))
+        self._ended.append(arrival.finished(None, error=error))
         return True
 
     def _fits(self, arrival: Sequence) -> bool:
@@ -351,7 +351,7 @@ class Scheduler:
         self._running.start(sequence, shared, fresh)
         self._sharing.begin(sequence, len(shared), serial, plan)
         if sequence.queue_us is None:
-            self._note_start(sequence, 0 if copied else min(sequence.scheduled, sequence.prompt_len))
+            self._note_start(sequence, 0 if copied or sequence.group.started else sequence.scheduled)
         plan.admitted.append(sequence)
         return True
 

@@ -28,6 +28,10 @@ class Sharing:
             return donor.blocks[:whole], serial if len(blocks) == whole else None
         return blocks, serial
 
+    def known_tokens(self, sequence: Sequence) -> int:
+        """Tokens of a prompt that need not be computed, as things stand."""
+        return len(self.find(sequence)[0]) * self._pool.block_size
+
     def begin(self, sequence: Sequence, shared: int, serial: int | None, plan: Plan) -> None:
         """The sequence runs, with so many blocks of others: what it need not compute."""
         sequence.scheduled = shared * self._pool.block_size

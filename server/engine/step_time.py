@@ -14,6 +14,7 @@ SWEEPS = 2
 SURPRISE = 4.0  # a step that took this many times what was expected counts as that
 COLD = 2  # first steps, which compile and touch memory for the first time, and say nothing
 FAMILIAR = 16  # steps after which an expectation is one
+DOUBT = 0.9
 FIRST_CHUNK = 32  # prompt tokens of the first step; each later one may have as many as were seen, and these
 LEAST_CHUNK = 16  # prompt tokens that a step takes even if its time is used up: prompts advance, whatever decodes
 UNLIMITED = 1 << 40  # tokens
@@ -94,15 +95,10 @@ class StepTime:
         """What tokens [start, start + count) of a prompt add to a step."""
         return self._costs[1] * (count / SCALES[1]) + self._costs[3] * (count * (start + count / 2) / SCALES[3])
 
-    def alone_us(self, start: int, prompt_len: int, output_tokens: int, step_us: float) -> float:
-        """What a sequence takes with nothing beside it, its prompt computed from `start` in steps of `step_us`."""
-        base, _, decode, attention = self._costs
-        prompt = self.chunk_us(start, prompt_len - start)
-        steps = max(1.0, prompt / max(step_us - base, base, 1.0))
-        context = prompt_len + output_tokens / 2
-        return (
-            prompt + steps * base + (output_tokens - 1) * (base + decode / SCALES[2] + attention * context / SCALES[3])
-        )
+    def doubt(self) -> None:
+        """Trust what is known a little less."""
+        self._sums = [DOUBT * one for one in self._sums]
+        self._costs = [DOUBT * one for one in self._costs]
 
     def backlog_us(self, prompt_tokens: int, output_tokens: int, lanes: int) -> float:
         """What so many tokens take when `lanes` sequences decode together."""
