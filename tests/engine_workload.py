@@ -6,7 +6,7 @@ from collections.abc import Hashable
 from engine_fakes import VOCABULARY, make_engine, make_request, solo
 
 from millrace.server.engine.sequence import SequenceFinished, SequenceRequest
-from millrace.server.errors import Overloaded
+from millrace.server.errors import Overloaded, QueueFull
 from millrace.server.types import Sampling
 
 
@@ -123,6 +123,11 @@ class Workload:
         self.served[sequence_id] = self.arrived[sequence_id] + finish.queue_us
         self.cached += finish.cached_prompt_tokens
         assert 0 <= finish.cached_prompt_tokens < len(self.requests[sequence_id].prompt_ids)
+        if isinstance(finish.error, QueueFull):
+            assert self.shared, "one tenant is turned away for another"
+            assert not finish.started
+            self.rejected += 1
+            return
         if finish.error is not None:
             assert self.faults
             self.failed += 1
