@@ -88,7 +88,7 @@ def write_request(r: random.Random, setting: dict[str, Any]) -> dict[str, Any]:
         "priority": r.choice((0, 1, 1, 1, 2)),
         "queue_timeout_us": rare(1, 5_000),
         "time_limit_us": rare(1, 5_000),
-        "deadline_us": rare(1, 10_000),
+        "deadline_us": rare(1, r.choice((60, 10_000))),
         "read": r.random() < 0.9,
         "write": r.random() < 0.9,
         "salt": r.choice(("", "", "", "x")),

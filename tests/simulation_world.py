@@ -187,7 +187,7 @@ class World:
             tokens.append(self.device.run(row, self.truths[row.sequence.request.sequence_id], sampled))
             self.ran.add(row.sequence.request.sequence_id)
         self.flights.append((plan, tokens))
-        self.scheduler.observe(plan.work, 5 + 3 * plan.prefill_tokens + plan.decode_tokens)
+        self.scheduler.observe(plan.work, 5 + 3 * plan.prefill_tokens + 40 * plan.decode_tokens)
 
     def _land(self) -> None:
         plan, tokens = self.flights.popleft()

@@ -25,6 +25,7 @@ MAX_MESSAGE_BYTES = 64 << 20
 MAX_COMMAND_BYTES = MAX_MESSAGE_BYTES // 4  # what is beyond it goes in the next command
 SLOTS = 1 << 32
 HANDSHAKE = 10.0  # seconds
+GOODBYE = 2.0  # seconds for reads and writes of a lost worker, which may swallow their cancellation, to end
 ACTING = 3  # turns of the loop until a request's task has read its tokens and cancelled what they end
 TLS_FAILURE = "TSI_PROTOCOL_FAILURE"  # gRPC's word for a peer whose TLS this side does not accept
 
@@ -121,7 +122,8 @@ class EngineLink:
         self._end(why)
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=GOODBYE)
         await self._channel.close()
 
     def _new_slot(self) -> int:
@@ -157,7 +159,7 @@ class EngineLink:
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # the reader tells why
             while not self.ended.done():  # a write to a lost worker may swallow the cancellation of this task
                 await self._work.wait()
-                while self._outbox or self._seen_step:
+                while (self._outbox or self._seen_step) and not self.ended.done():
                     await call.write(self._next_command())
                 self._work.clear()
 

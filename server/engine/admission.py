@@ -1,6 +1,6 @@
 """Who may wait: bounds on what is queued, and deadlines that cannot be met."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Iterable, Sequence
 
 from millrace.server.engine.blocks import BlockPool
 from millrace.server.engine.budget import room_us
@@ -119,12 +119,12 @@ class Admission:
         self._doubt(running, len(self._queue) - 1)
         return unattainable(0, takes, left)
 
-    def endangers(self, arrival: Seq, running: Collection[Seq], now_us: int) -> bool:
-        """Whether it makes one of those that run, of no lesser class, miss a deadline that it would else meet."""
+    def endangers(self, arrival: Seq, running: Iterable[Seq], count: int, now_us: int) -> bool:
+        """Whether it makes one of the `count` that run, of no lesser class, miss a deadline that it would else meet."""
         some = [s for s in running if s.deadline_us is not None and s.rank <= arrival.rank]
         if not some or not self._step_time.is_known:
             return False
-        before, after = (self._full_step_us(count) for count in (len(running), len(running) + 1))
+        before, after = (self._full_step_us(decoding) for decoding in (count, count + 1))
         for s in some:
             left, tokens = (s.deadline_us or 0) - now_us, max(s.least_output, s.expected_output - len(s.output))
             if tokens * before <= left < tokens * after:

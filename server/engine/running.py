@@ -23,9 +23,6 @@ class Running:
     def __iter__(self) -> Iterator[Sequence]:
         return iter(self._sequences)
 
-    def __contains__(self, sequence: object) -> bool:
-        return sequence in self._sequences
-
     @property
     def free_lanes(self) -> int:
         return len(self._lanes)

@@ -276,7 +276,8 @@ class Scheduler:
             if arrival is not None and not (begun and self._aged_place(begun[-1]) < place(arrival)):
                 if self._is_too_late(arrival):
                     continue
-                if not self._admission.endangers(arrival, self._running, self._now_us) and self._admit(plan, arrival):
+                endangers = self._admission.endangers(arrival, self._running, self.running, self._now_us)
+                if not endangers and self._admit(plan, arrival):
                     self._plan_chunk(plan, arrival, budget)
                     continue
                 self._admission.is_full = True
