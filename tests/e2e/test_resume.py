@@ -11,8 +11,8 @@ import pytest
 
 from millrace.v1 import generation_pb2 as pb
 
-STREAMS = int(os.environ.get("MILLRACE_TEST_STREAMS", "40"))
-KILLS = int(os.environ.get("MILLRACE_TEST_KILLS", "3"))
+STREAMS = int(os.environ.get("TEST_STREAMS", "40"))
+KILLS = int(os.environ.get("TEST_KILLS", "3"))
 WORDS = ["server", "keeps", "cache", "page", "so", "that", "request", "for", "the", "same", "can", "be", "answered"]
 
 
