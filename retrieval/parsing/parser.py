@@ -99,7 +99,8 @@ class Parser:
         self._running.add(process)
         try:
             self._check_open()
-            output, _ = await asyncio.wait_for(process.communicate(content), limits.seconds)
+            async with asyncio.timeout(limits.seconds):
+                output, _ = await process.communicate(content)
         except TimeoutError:
             output = b""
         finally:

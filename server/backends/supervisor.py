@@ -135,7 +135,8 @@ class Supervisor:
                 await process.dump()
             else:
                 with contextlib.suppress(TimeoutError):
-                    why = await asyncio.wait_for(process.ended(), LAST_WORDS)
+                    async with asyncio.timeout(LAST_WORDS):
+                        why = await process.ended()
             await process.stop(grace=0)
             return why or link.ended.result()
         finally:

@@ -68,14 +68,16 @@ class WorkerProcess:
         """Ask for the stacks of all threads on standard error (faulthandler); the process dies of it, or hangs on."""
         with contextlib.suppress(ProcessLookupError, TimeoutError):
             self._process.send_signal(signal.SIGABRT)
-            await asyncio.wait_for(self._process.wait(), DUMP)
+            async with asyncio.timeout(DUMP):
+                await self._process.wait()
 
     async def stop(self, grace: float) -> None:
         """SIGTERM, and after `grace` seconds SIGKILL; returns when the process is gone. Idempotent."""
         try:
             if grace > 0 and self._process.returncode is None:
                 self._process.terminate()
-                await asyncio.wait_for(self._process.wait(), grace)
+                async with asyncio.timeout(grace):
+                    await self._process.wait()
         except (TimeoutError, ProcessLookupError):
             log.warning("worker %d does not end within %g s: killing it", self.pid, grace)
         finally:

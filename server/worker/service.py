@@ -94,7 +94,8 @@ class EngineService(EngineServiceServicer):
         """Refuse new requests and wait up to `grace` seconds for the live ones; connections end once all is told."""
         self._draining = True
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._idle.wait(), grace)
+            async with asyncio.timeout(grace):
+                await self._idle.wait()
         for connection in self._connections:
             connection.finish()
 

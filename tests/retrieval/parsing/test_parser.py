@@ -275,7 +275,8 @@ async def test_a_process_that_does_nothing_is_not_waited_for(parser: Parser) -> 
     (child,) = children() - before
     os.kill(child, signal.SIGSTOP)
     with pytest.raises(DamagedDocument, match="more than 1 seconds"):
-        await asyncio.wait_for(task, 10)
+        async with asyncio.timeout(10):
+            await task
     assert children() <= before
 
 
