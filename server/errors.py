@@ -17,7 +17,10 @@
     │   │   ├── ModelNotFound        MODEL_NOT_FOUND
     │   │   ├── CollectionNotFound   COLLECTION_NOT_FOUND
     │   │   └── DocumentNotFound     DOCUMENT_NOT_FOUND
-    │   ├── RequestIdInUse           REQUEST_ID_IN_USE: a live request of the tenant has this id
+    │   ├── RequestIdInUse           REQUEST_ID_IN_USE: another request of the tenant has this id
+    │   ├── CannotContinue           CANNOT_CONTINUE: the answer would not be the one that was begun
+    │   │   ├── ModelRevisionChanged MODEL_REVISION_CHANGED
+    │   │   └── PromptChanged        PROMPT_CHANGED
     │   ├── Unauthenticated          UNAUTHENTICATED: no key, or not a valid one
     │   ├── PermissionDenied         PERMISSION_DENIED: a valid key that may not do this
     │   ├── Overloaded               OVERLOADED: come back later
@@ -154,6 +157,18 @@ class DocumentNotFound(NotFound):
 
 class RequestIdInUse(RequestError):
     reason = "REQUEST_ID_IN_USE"
+
+
+class CannotContinue(RequestError):
+    reason = "CANNOT_CONTINUE"
+
+
+class ModelRevisionChanged(CannotContinue):
+    reason = "MODEL_REVISION_CHANGED"
+
+
+class PromptChanged(CannotContinue):
+    reason = "PROMPT_CHANGED"
 
 
 class Unauthenticated(RequestError):

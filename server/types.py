@@ -157,11 +157,30 @@ class RetrievalOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class ReceivedChoice:
+    """What a client has of a choice. `text_bytes` may go beyond the text of its tokens."""
+
+    token_ids: tuple[int, ...] = ()
+    text_bytes: int = 0
+    finished: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ContinueFrom:
+    """What a client has of an answer: `model_revision` and `prompt_digest` of its Started, choices of which it has
+    something."""
+
+    model_revision: str
+    prompt_digest: str
+    choices: Mapping[int, ReceivedChoice] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class GenerateRequest:
     """What a client asked for; `prompt` is text, token ids or a conversation.
 
     `retrieval` None: from the model alone. `mask_pii`: personal data in prompt and answer is masked. `queue_timeout`:
-    seconds.
+    seconds. `digest`: where there is a request_id, of all that was asked for.
     """
 
     model: str
@@ -170,12 +189,14 @@ class GenerateRequest:
     stopping: StoppingCriteria = StoppingCriteria()
     output: OutputOptions = OutputOptions()
     request_id: str = ""
+    digest: bytes = b""
     labels: Mapping[str, str] = field(default_factory=dict)
     retrieval: RetrievalOptions | None = None
     mask_pii: bool = False
     priority: Priority = Priority.NORMAL
     queue_timeout: float | None = None
     cache: CachePolicy = field(default_factory=CachePolicy)
+    continue_from: ContinueFrom | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,7 +315,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The last three are set with retrieval; `max_context_tokens` in generative mode."""
+    """`sources`, `answer_mode` and, in generative mode, `max_context_tokens` are set with retrieval."""
 
     request_id: str
     model: str
@@ -308,11 +329,13 @@ class Started:
     sources: tuple[Source, ...] = ()
     answer_mode: AnswerMode | None = None
     max_context_tokens: int | None = None
+    prompt_digest: str = ""
 
 
 @dataclass(slots=True)
 class ChoiceDelta:
-    """News of one choice for a client. `token_offset`: tokens of the choice sent before."""
+    """News of one choice for a client. `token_offset`: tokens of the choice sent before, by calls that this one
+    continues too."""
 
     index: int
     text: str = ""

@@ -140,8 +140,11 @@ class FakeStream:
 
     def __init__(self, backend: FakeBackend, request: TokenRequest):
         self.backend, self.request, self.steps = backend, request, 0
-        self.running: dict[int, Iterator[int]] = {c: iter(backend.answer(request, c)) for c in range(request.n)}
-        self.made = dict.fromkeys(self.running, 0)
+        begun = request.outputs or {}
+        self.made = {c: len(begun.get(c, ())) for c in request.choices}
+        self.running: dict[int, Iterator[int]] = {
+            c: islice(backend.answer(request, c), made, None) for c, made in self.made.items()
+        }
         self.stopped = asyncio.Event()
 
     def __aiter__(self) -> AsyncIterator[list[TokenDelta]]:

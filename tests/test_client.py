@@ -1,6 +1,7 @@
 """The Python client against the real server over a fake backend."""
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator
 from contextlib import aclosing, closing
 from typing import Any
@@ -11,7 +12,7 @@ from fakes import FakeBackend
 from served import ANSWER, IDS, Served, in_thread, serving
 
 from millrace.server import errors
-from millrace.server.client import AsyncClient, Client, Message, Role, new_text
+from millrace.server.client import AsyncClient, Client, Message, Received, Role, new_text
 from millrace.server.client.failures import BARE
 from millrace.server.client.requests import Options, generate_request
 from millrace.server.errors import RequestError
@@ -67,6 +68,24 @@ async def test_stream_of_events(served: Served) -> None:
     assert events[-1].completed.usage.output_tokens == 2 * len(IDS)
 
 
+async def test_an_answer_goes_on_where_it_was_lost(served: Served) -> None:
+    def ask(client: Client) -> list[Received]:
+        options: Options = {"max_output_tokens": 3 * len(IDS), "n": 2, "token_ids": True, "temperature": 1}
+        whole, received = Received(), Received()
+        for event in client.stream("A queue", **options):
+            whole.add(event)
+        while not received.is_complete:
+            with closing(client.stream("A queue", **{**options, **received.options})) as events:
+                for event in itertools.islice(events, 4):
+                    received.add(event)
+        return [whole, received]
+
+    whole, received = await in_thread(served, ask)
+    assert received.choices == whole.choices
+    assert received.choices[0].text == 3 * ANSWER
+    assert len(served.backend.requests) > 3
+
+
 async def test_closing_a_stream_cancels_the_request(served: Served) -> None:
     def leave(client: Client) -> None:
         with closing(client.stream("A queue", max_output_tokens=100)) as events:
@@ -115,7 +134,8 @@ async def test_errors_arrive_as_they_were_raised(cls: type[RequestError], served
 def check_equal(found: RequestError, raised: RequestError) -> None:
     assert type(found) is type(raised)
     assert found.message == raised.message
-    assert found.metadata == raised.metadata
+    where = {"last_sequence": "0"} if isinstance(raised, errors.Aborted) else {}
+    assert found.metadata == raised.metadata | where
     assert found.retry_after == raised.retry_after
     if isinstance(raised, errors.InvalidRequest):
         assert isinstance(found, errors.InvalidRequest)
@@ -194,6 +214,7 @@ def test_every_option_reaches_its_field() -> None:
             "retrieval": {"collection": "c"},
             "priority": "low",
             "cache": {"salt": "s", "bypass_read": True},
+            "continue_from": pb.ContinueFrom(model_revision="m"),
         }.get(name, 1)
         for name in Options.__annotations__
     } | {"stop_strings": ["x", "y"], "stop_token_ids": [7]}
@@ -205,6 +226,7 @@ def test_every_option_reaches_its_field() -> None:
     assert request.scheduling.priority == pb.PRIORITY_LOW
     assert request.scheduling.queue_timeout.ToTimedelta().total_seconds() == 1
     assert (request.cache.salt, request.cache.bypass_read, request.cache.bypass_write) == ("s", True, False)
+    assert request.continue_from.model_revision == "m"
     assert given.keys() - arrived == set()
     assert request.output.logprobs.top_n == 1
     assert request.stopping.time_limit.ToTimedelta().total_seconds() == 1

@@ -3,6 +3,7 @@
 Messages have passed `bounds.check`; only rules that span fields are checked here.
 """
 
+import hashlib
 import sys
 from array import array
 
@@ -14,10 +15,12 @@ from millrace.server.types import (
     AnswerMode,
     CachePolicy,
     ChatPrompt,
+    ContinueFrom,
     GenerateRequest,
     Message,
     OutputOptions,
     Priority,
+    ReceivedChoice,
     RetrievalOptions,
     Role,
     SamplingParams,
@@ -61,13 +64,34 @@ def generate_request(message: pb.GenerateRequest) -> GenerateRequest:
         stopping=_stopping(message.stopping),
         output=_output(message),
         request_id=message.request_id,
+        digest=_digest(message) if message.request_id else b"",
         labels=dict(message.labels),
         retrieval=_retrieval(message.retrieval) if message.HasField("retrieval") else None,
         mask_pii=message.guardrails.pii == pb.PII_ACTION_MASK,
         priority=PRIORITIES.get(message.scheduling.priority, Priority.NORMAL),
         queue_timeout=_seconds(message.scheduling, "queue_timeout"),
         cache=CachePolicy(not message.cache.bypass_read, not message.cache.bypass_write, message.cache.salt),
+        continue_from=_continue_from(message) if message.HasField("continue_from") else None,
     )
+
+
+def _digest(message: pb.GenerateRequest) -> bytes:
+    return hashlib.sha256(message.SerializeToString(deterministic=True)).digest()  # maps in one order
+
+
+def _continue_from(message: pb.GenerateRequest) -> ContinueFrom:
+    choices: dict[int, ReceivedChoice] = {}
+    n = message.sampling.n if message.sampling.HasField("n") else 1
+    for position, one in enumerate(message.continue_from.choices):
+        path = f"continue_from.choices[{position}]"
+        if one.index >= n:
+            raise InvalidRequest.at(f"{path}.index", f"there are {n} choices (sampling.n), the first is 0")
+        if one.index in choices:
+            raise InvalidRequest.at(f"{path}.index", f"choice {one.index} is there twice")
+        choices[one.index] = ReceivedChoice(
+            tuple(token_ids(one.token_ids, f"{path}.token_ids")), one.text_bytes, one.finished
+        )
+    return ContinueFrom(message.continue_from.model_revision, message.continue_from.prompt_digest, choices)
 
 
 def _seconds(message: pb.StoppingCriteria | pb.SchedulingOptions, name: str) -> float | None:

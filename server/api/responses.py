@@ -88,6 +88,7 @@ def _started(event: Started) -> pb.Started:
         sources=map(_source, event.sources),
         answer_mode=_answer_mode(event.answer_mode),
         effective_max_context_tokens=event.max_context_tokens,
+        prompt_digest=event.prompt_digest,
     )
 
 

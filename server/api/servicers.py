@@ -42,8 +42,9 @@ class GenerationServicer:
                     await stream.write(responses.stream_response(sequence + 1, event))
                     sequence += 1
         except Aborted as error:
-            error.metadata |= {**resume, "last_sequence": str(sequence)}
-            raise
+            # A copy: others may read the same answer.
+            where = {**error.metadata, **resume, "last_sequence": str(sequence)}
+            raise type(error)(error.message, metadata=where, retry_after=error.retry_after) from error
 
 
 class TokenizerServicer:

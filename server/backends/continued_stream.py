@@ -40,7 +40,8 @@ class ContinuedStream:
         self._link, self._request, self._patience = link, request, patience
         self._begun = asyncio.get_running_loop().time()
         self._fingerprint = link.info().fingerprint
-        self._tokens: dict[int, list[int]] = {choice: [] for choice in range(request.n)}  # of those that go on
+        outputs = request.outputs or {}
+        self._tokens = {choice: list(outputs.get(choice, ())) for choice in request.choices}  # of those that go on
         self._ran = False
         self._deaths = 0  # since the last token
         self._wait: asyncio.Timeout | None = None  # for the next worker

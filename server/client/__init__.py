@@ -13,6 +13,7 @@ from millrace.server.client.aio import AsyncClient
 from millrace.server.client.calls import new_text, state_name
 from millrace.server.client.connection import DEFAULT_ADDRESS, TLS
 from millrace.server.client.documents import QueryOptions
+from millrace.server.client.received import Received
 from millrace.server.client.requests import Options, Prompt
 from millrace.server.client.sync import Client
 from millrace.server.types import Message, Role
@@ -28,6 +29,7 @@ __all__ = [
     "Options",
     "Prompt",
     "QueryOptions",
+    "Received",
     "Role",
     "new_text",
     "state_name",

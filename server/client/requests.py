@@ -26,7 +26,7 @@ class Options(TypedDict, total=False):
     Units, ranges and defaults: `proto/millrace/v1/generation.proto`, except `logprobs` (the number of most
     likely tokens to report beside the chosen one), `time_limit` (seconds), `retrieval` (fields of
     `RetrievalOptions`, see `retrieval_options`), `mask_pii` (`GuardrailOptions.pii`), `priority` ("high", "normal" or
-    "low"), `queue_timeout` (seconds) and `cache` (fields of `CacheOptions`).
+    "low"), `queue_timeout` (seconds), `cache` (fields of `CacheOptions`) and `continue_from` (see `Received`).
     """
 
     temperature: float
@@ -60,6 +60,7 @@ class Options(TypedDict, total=False):
     priority: str
     queue_timeout: float
     cache: Mapping[str, Any]
+    continue_from: pb.ContinueFrom
 
 
 def generate_request(prompt: Prompt, model: str, options: Options) -> pb.GenerateRequest:
@@ -84,6 +85,8 @@ def generate_request(prompt: Prompt, model: str, options: Options) -> pb.Generat
                 set_fields(request.scheduling, {name: value}, (name,))
             elif name == "queue_timeout":
                 request.scheduling.queue_timeout.FromNanoseconds(round(cast(float, value) * 1e9))
+            elif name == "continue_from":
+                request.continue_from.CopyFrom(cast(pb.ContinueFrom, value))
             elif name == "cache":
                 values = cast(Mapping[str, Any], value)
                 set_fields(request.cache, values, request.cache.DESCRIPTOR.fields_by_name.keys())

@@ -1,12 +1,13 @@
 """From the tokens of a backend to the deltas of a client: text, stops, alignment, splitting."""
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 
-from millrace.server.errors import InternalError
+from millrace.server.errors import InternalError, InvalidRequest
 from millrace.server.gateway.citing import MarkerCitations
+from millrace.server.gateway.continuation import finish_of
 from millrace.server.gateway.guardrails.base import Guard
 from millrace.server.text.citations import CitationMarkers, Marked, Places
 from millrace.server.text.holdback import Stage
@@ -22,8 +23,10 @@ from millrace.server.types import (
     GenerateRequest,
     Logprobs,
     OutputOptions,
+    ReceivedChoice,
     Source,
     TokenDelta,
+    TokenRequest,
     Usage,
 )
 
@@ -50,9 +53,21 @@ class Choice:
         self._held_ids: list[int] = []
         self._held_logprobs = Logprobs(request.output.logprobs_top_n or 0)
         self._released = 0  # bytes of text
+        self._skipped_tokens = self._skipped_bytes = 0  # still to come out, which the client has
         self.received = 0
         self.sent = 0
+        self.earlier = 0  # of the tokens sent: those that another call sent
+        self.finished_earlier = False
         self.finish: Finish | None = None
+
+    def resume(self, received: ReceivedChoice, finish: Finish | None) -> list[ChoiceDelta]:
+        """Go on where a client lost the answer; `finish`: what its tokens ended with. Returns what may go out now."""
+        self.finished_earlier = received.finished
+        self.earlier = self.sent = len(received.token_ids)
+        if received.finished:
+            return []
+        self._skipped_tokens, self._skipped_bytes = len(received.token_ids), received.text_bytes
+        return self.push(TokenDelta(self.index, list(received.token_ids), finish=finish))
 
     def push(self, news: TokenDelta) -> list[ChoiceDelta]:
         """Return what may go out now, in pieces of at most `max_tokens_per_message` tokens."""
@@ -82,6 +97,8 @@ class Choice:
             finish = Finish(FinishReason.STOP_SEQUENCE, stop_string=emitted.stop_string)
         self.finish = finish
         self._released += len(emitted.text.encode())
+        if self._skipped_tokens or self._skipped_bytes:
+            emitted = self._skip(emitted)
         deltas: list[ChoiceDelta] = []
         limit = self._output.max_tokens_per_message or max(emitted.tokens, 1)
         left, start = emitted.tokens, 0
@@ -91,6 +108,27 @@ class Choice:
             deltas += self._delta(limit, emitted.text[start:end])
             start = end
         return deltas + self._delta(left, emitted.text[start:], finish)
+
+    def _skip(self, emitted: Emitted) -> Emitted:
+        """Without what the client has. Raises InvalidRequest if that is not the answer's."""
+        tokens = min(self._skipped_tokens, emitted.tokens)
+        self._skipped_tokens -= tokens
+        del self._held_ids[:tokens]
+        data = emitted.text.encode()
+        size = min(self._skipped_bytes, len(data))
+        self._skipped_bytes -= size
+        is_short = self.finish and self.finish.reason is not FinishReason.TIME_LIMIT
+        if is_short and (self._skipped_tokens or self._skipped_bytes):
+            raise self._not_the_answer("it ends before")
+        try:
+            characters = len(data[:size].decode())
+        except UnicodeDecodeError:
+            raise self._not_the_answer("that ends within a character") from None
+        ends = [max(0, end - characters) for end in emitted.ends[tokens:]]
+        return emitted._replace(text=emitted.text[characters:], tokens=emitted.tokens - tokens, ends=ends)
+
+    def _not_the_answer(self, why: str) -> InvalidRequest:
+        return InvalidRequest.at("continue_from", f"choice {self.index} has not what was received: {why}")
 
     def _delta(self, count: int, text: str, finish: Finish | None = None) -> list[ChoiceDelta]:
         """The next `count` tokens and their text; nothing if the client wants neither.
@@ -118,7 +156,7 @@ def textless(tokens: int) -> Emitted:
 
 
 class Choices:
-    """All the answers of one request, and what they have used. `stop` ends one at the backend.
+    """All the answers of one request, and what they have used. `stop` ends one at the backend, once there is one.
 
     `guard` masks what they say; `sources` are what their markers may name, and are cited for.
     """
@@ -129,7 +167,6 @@ class Choices:
         request: GenerateRequest,
         prompt_tokens: int,
         ran_out: FinishReason,
-        stop: Callable[[int], None],
         *,
         guard: Guard | None = None,
         sources: Sequence[Source] = (),
@@ -149,14 +186,14 @@ class Choices:
                 text = TextStream(tokenizer, stops, include_stop, stages=stages, continues=continues)
             self._choices.append(Choice(index, text, request, ran_out, places))
         self._citations = MarkerCitations(sources)
-        self._stop = stop
+        self.stop: Callable[[int], None] = lambda choice: None
         self._continuous_usage = request.output.continuous_usage
         self._prompt_tokens, self._embedding_tokens = prompt_tokens, embedding_tokens
         self._cached_prompt_tokens = 0
 
     @property
     def usage(self) -> Usage:
-        sent = sum(choice.sent for choice in self._choices)
+        sent = sum(choice.sent - choice.earlier for choice in self._choices)
         return Usage(self._prompt_tokens, self._cached_prompt_tokens, sent, self._embedding_tokens)
 
     @property
@@ -166,11 +203,18 @@ class Choices:
 
     @property
     def running(self) -> list[int]:
-        return [choice.index for choice in self._choices if not choice.finish]
+        return [choice.index for choice in self._choices if not choice.finish and not choice.finished_earlier]
 
     @property
     def finishes(self) -> list[Finish]:
         return [choice.finish for choice in self._choices if choice.finish]
+
+    def resume(self, received: Mapping[int, ReceivedChoice], tokens: TokenRequest) -> Sequence[Deltas | Citation]:
+        """Go on where a client lost the answer; what may go out now. Raises InvalidRequest if it cannot be of these."""
+        columns = [
+            self._choices[index].resume(one, finish_of(one.token_ids, tokens)) for index, one in received.items()
+        ]
+        return list(self._messages(columns))
 
     def push(self, news: Sequence[TokenDelta]) -> Iterator[Deltas | Citation]:
         """Return messages for what is new, every choice that advanced in the same one, and what these cite."""
@@ -181,7 +225,7 @@ class Choices:
             if not choice.finish:
                 columns.append(choice.push(delta))
                 if choice.finish and not delta.finish:
-                    self._stop(choice.index)
+                    self.stop(choice.index)
         return self._messages(columns)
 
     def end(self, finish: Finish) -> Iterator[Deltas | Citation]:

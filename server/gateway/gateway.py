@@ -8,8 +8,17 @@ from millrace.retrieval.embedding import Embedded
 from millrace.server.backends.base import TokenStream
 from millrace.server.config import MIN_SUPPORT
 from millrace.server.errors import Draining, FeatureUnsupported, ModelNotFound
+from millrace.server.gateway.answers import Answers
 from millrace.server.gateway.choices import Choices
 from millrace.server.gateway.clock import Clock, interruptible, past_first_message
+from millrace.server.gateway.continuation import (
+    begin,
+    check_continuation,
+    continued,
+    prompt_digest,
+    refuse_masked,
+    refuse_quoted,
+)
 from millrace.server.gateway.effective import effective_priority, effective_sampling, either, token_request
 from millrace.server.gateway.embedding import TextEmbedder
 from millrace.server.gateway.extractive import Quotation
@@ -26,7 +35,9 @@ from millrace.server.types import (
     BackendInfo,
     Caller,
     ChatPrompt,
+    Citation,
     Completed,
+    Deltas,
     EmbedderInfo,
     Finish,
     FinishReason,
@@ -63,19 +74,25 @@ class Gateway:
         mask_pii: bool = False,
     ):
         self.routes, self.limits, self.metrics = routes, limits, metrics
+        self._answers = Answers(limits, metrics)
         self._encoders = ThreadPoolExecutor(ENCODERS, thread_name_prefix="encode")
         self._embedder = embedder
         self._rag = Rag(library, embedder, min_support, metrics, self._encoders) if library and embedder else None
         self._guard, self._mask_pii = CountingGuard(metrics), mask_pii
 
-    async def generate(self, caller: Caller, request: GenerateRequest) -> AsyncGenerator[GenerateEvent, None]:
+    def generate(self, caller: Caller, request: GenerateRequest) -> AsyncGenerator[GenerateEvent, None]:
         """Yield Started once the backend has admitted the request, then Deltas and Citations, then one Completed.
 
         Raises a RequestError before the first event if the request is rejected, later if it breaks. Close the
         generator (`contextlib.aclosing`) to cancel: everything the request holds is free when that returns.
         Output tokens are billed if they were sent: not a stop token, nor the tokens of a stop string, unless
-        `include_stop` keeps them.
+        `include_stop` keeps them. A repeated request_id is answered with what its request was, or is being, answered.
         """
+        if not request.request_id:
+            return self._answer(caller, request)
+        return self._answers.read(caller.tenant, request, lambda: self._answer(caller, request))
+
+    async def _answer(self, caller: Caller, request: GenerateRequest) -> AsyncGenerator[GenerateEvent, None]:
         record = RequestRecord(self.metrics, caller, request)
         with record.watch(), self.limits.admit(caller.tenant, request.request_id) as live:
             record.request_id = live.request_id
@@ -84,9 +101,11 @@ class Gateway:
             info = card.backend.info()
             guard = self._guard if request.mask_pii or self._mask_pii else None
             if guard:
+                refuse_masked(request)
                 request = await mask_prompt(request, guard, self._encoders)
             grounds = await self._ground(card, request, info, caller.tenant, guard, live, clock)
             if answer := grounds.quotation:
+                refuse_quoted(request, grounds.mode)
                 record.quoted(answer)
                 with past_first_message():
                     yield quoted(live.request_id, card, info, grounds, answer, effective_priority(request, caller))
@@ -97,18 +116,24 @@ class Gateway:
                 return
             request = grounds.request
             prompt_ids = await encode_prompt(card, request, info, self._encoders)
+            digest = prompt_digest(prompt_ids)
             tokens, ran_out = token_request(card, request, info, live.request_id, caller, prompt_ids, clock.left)
-            async with aclosing(await interruptible(live, card.backend.generate(tokens))) as stream:
-                choices = Choices(
-                    card.tokenizer,
-                    request,
-                    len(prompt_ids),
-                    ran_out,
-                    stream.stop,
-                    guard=guard,
-                    sources=grounds.sources,
-                    embedding_tokens=grounds.embedding_tokens,
-                )
+            choices = Choices(
+                card.tokenizer,
+                request,
+                len(prompt_ids),
+                ran_out,
+                guard=guard,
+                sources=grounds.sources,
+                embedding_tokens=grounds.embedding_tokens,
+            )
+            resumed: Sequence[Deltas | Citation] = ()
+            if received := request.continue_from:
+                check_continuation(request, received, info, digest, tokens)
+                resumed = choices.resume(received.choices, tokens)
+                tokens = continued(tokens, received.choices, choices.running)
+            async with aclosing(await interruptible(live, begin(card.backend, tokens))) as stream:
+                choices.stop = stream.stop
                 record.admitted(choices)
                 stop_all = stopper(stream, tokens)
                 live.on_abort(stop_all)
@@ -126,7 +151,10 @@ class Gateway:
                         sources=grounds.sources,
                         answer_mode=grounds.mode,
                         max_context_tokens=grounds.max_context_tokens,
+                        prompt_digest=digest,
                     )
+                    for event in resumed:
+                        yield event
                     async for news in stream:
                         record.step(news)
                         for event in choices.push(news):

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from millrace.server.errors import Draining, QuotaExceeded, RequestError, RequestIdInUse
+from millrace.server.errors import Draining, QuotaExceeded, RequestError
 
 
 class LiveRequest:
@@ -41,7 +41,7 @@ class Limits:
 
     def __init__(self, limit_of: Callable[[str], int]):
         self._limit_of = limit_of
-        self._live: dict[tuple[str, str], LiveRequest] = {}
+        self._live: set[LiveRequest] = set()
         self._counts: Counter[str] = Counter()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -55,29 +55,23 @@ class Limits:
     def admit(self, tenant: str, request_id: str = "") -> Iterator[LiveRequest]:
         """Hold a place for one request; an empty id is replaced by a random one.
 
-        Raises Draining, RequestIdInUse, or QuotaExceeded with `tenant` and `limit` in its metadata.
+        Raises Draining, or QuotaExceeded with `tenant` and `limit` in its metadata.
         """
         if self.draining:
             raise Draining("the server is shutting down; use another replica")
-        request_id = request_id or secrets.token_hex(12)
-        key = (tenant, request_id)
-        if key in self._live:
-            raise RequestIdInUse(
-                f"request_id {request_id!r} belongs to a request that is still running; use another one",
-                metadata={"request_id": request_id},
-            )
         if self._counts[tenant] >= (limit := self._limit_of(tenant)):
             raise QuotaExceeded(
                 f"tenant {tenant!r} has {limit} live requests, its limit; wait for one to end",
                 metadata={"tenant": tenant, "limit": str(limit), "quota": "max_concurrent_requests"},
             )
-        self._live[key] = request = LiveRequest(request_id)
+        request = LiveRequest(request_id or secrets.token_hex(12))
+        self._live.add(request)
         self._counts[tenant] += 1
         self._idle.clear()
         try:
             yield request
         finally:
-            del self._live[key]
+            self._live.remove(request)
             self._counts[tenant] -= 1
             if not self._counts[tenant]:
                 del self._counts[tenant]
@@ -99,5 +93,5 @@ class Limits:
 
     def abort(self, error: RequestError) -> None:
         """End every live request with `error`."""
-        for request in list(self._live.values()):
+        for request in list(self._live):
             request.abort(error)

@@ -35,6 +35,7 @@ class Metrics:
         self.surplus_tokens = counter("surplus_tokens", "Output tokens computed and neither sent nor billed.")
         self.success = counter("request_success", "Choices that finished, by reason.", "finished_reason")
         self.failure = counter("request_failure", "Requests that ended otherwise, by error.", "reason")
+        self.repeated = counter("requests_repeated", "Requests told what another with their id was.", "answer")
         self.engine_restarts = counter("engine_restarts", "Workers started to replace one that was lost.")
         self.time_to_first_token = histogram("time_to_first_token_seconds", "From arrival to the first token.", LONG)
         self.inter_token_latency = histogram("inter_token_latency_seconds", "Between tokens of a choice.", SHORT)

@@ -22,6 +22,10 @@ async def fails(call: object) -> grpc.aio.AioRpcError:
     return raised.value
 
 
+def received(*choices: pb.ReceivedChoice) -> pb.GenerateRequest:
+    return ask(continue_from=pb.ContinueFrom(model_revision="r", prompt_digest="d", choices=choices))
+
+
 def chat(role: int, *texts: str) -> pb.ChatPrompt:
     parts = [pb.ContentPart(text=text) for text in texts]
     return pb.ChatPrompt(messages=[pb.ChatMessage(role=role, parts=parts)])
@@ -49,6 +53,14 @@ BAD = {
     "absurd": (ask(sampling=pb.SamplingParams(n=2**32 - 1)), "sampling.n"),
     "10,000 stops": (ask(stopping=pb.StoppingCriteria(stop_strings=["x"] * 10_000)), "stopping.stop_strings"),
     "bad id": (ask(request_id="a b"), "request_id"),
+    "no revision": (ask(continue_from=pb.ContinueFrom(prompt_digest="d")), "continue_from.model_revision"),
+    "no digest": (ask(continue_from=pb.ContinueFrom(model_revision="r")), "continue_from.prompt_digest"),
+    "no such choice": (received(pb.ReceivedChoice(index=1)), "continue_from.choices[0].index"),
+    "a choice twice": (received(*[pb.ReceivedChoice()] * 2), "continue_from.choices[1].index"),
+    "both ids received": (
+        received(pb.ReceivedChoice(token_ids=pb.TokenIds(ids=[1], ids_le32=b"1234"))),
+        "continue_from.choices[0].token_ids.ids_le32",
+    ),
 }
 
 
@@ -169,7 +181,7 @@ async def test_ids_in_use_and_quota(house, details_of) -> None:
     house.backend.resumed.clear()
     call = house.generation.StreamGenerate(ask(request_id="same"))
     await call.read()
-    error = await fails(house.generation.Generate(ask(request_id="same")))
+    error = await fails(house.generation.Generate(ask(request_id="same", sampling=pb.SamplingParams(seed=1))))
     assert (error.code(), details_of(error)["ErrorInfo"].reason) == (CODE.ALREADY_EXISTS, "REQUEST_ID_IN_USE")
     house.limit = 1
     error = await fails(house.generation.Generate(ask()))
@@ -216,6 +228,17 @@ async def test_an_engine_lost_in_a_unary_call_can_be_retried(house, reason_of) -
     house.backend.error, house.backend.fail_after = errors.EngineLost("lost"), 2
     error = await fails(house.generation.Generate(ask()))
     assert (error.code(), reason_of(error).reason) == (CODE.UNAVAILABLE, "ENGINE_RESTARTING")
+
+
+async def test_an_answer_of_another_model_does_not_go_on(house, details_of) -> None:
+    place = pb.ContinueFrom(model_revision="other", prompt_digest="d", choices=[pb.ReceivedChoice()])
+    error = await fails(house.generation.Generate(ask(continue_from=place)))
+    info = details_of(error)["ErrorInfo"]
+    assert (error.code(), info.reason) == (CODE.FAILED_PRECONDITION, "MODEL_REVISION_CHANGED")
+    assert info.metadata["continue_from"] == "other"
+    place.model_revision = info.metadata["model_revision"]
+    error = await fails(house.generation.Generate(ask(continue_from=place)))
+    assert (error.code(), details_of(error)["ErrorInfo"].reason) == (CODE.FAILED_PRECONDITION, "PROMPT_CHANGED")
 
 
 async def test_a_drain_ends_what_the_client_has_begun_to_see(house, reason_of) -> None:

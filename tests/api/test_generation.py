@@ -68,6 +68,17 @@ async def test_both_forms_of_token_ids_are_the_same_prompt(house) -> None:
     assert [list(r.prompt_ids) for r in house.backend.requests] == [ids, ids]
 
 
+async def test_a_repeated_request_is_answered_alike_by_either_method(house) -> None:
+    request = ask(request_id="job-1", labels={"b": "1", "a": "2"})
+    again = ask(request_id="job-1", labels={"a": "2", "b": "1"})
+    whole = await house.generation.Generate(request)
+    assert await house.generation.Generate(again) == whole
+    messages = [m async for m in house.generation.StreamGenerate(again)]
+    assert "".join(d.text for m in messages for d in m.deltas.choices) == whole.choices[0].text
+    assert [m.sequence for m in messages] == list(range(1, len(messages) + 1))
+    assert len(house.backend.requests) == 1
+
+
 async def test_a_cancelled_call_frees_what_it_holds(house) -> None:
     house.backend.resumed.clear()
     call = house.generation.StreamGenerate(ask())

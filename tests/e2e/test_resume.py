@@ -1,5 +1,6 @@
 """Workers are killed under streams whose clients see nothing of it."""
 
+import itertools
 import os
 import random
 import signal
@@ -9,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from millrace.server.client import Received, new_text
 from millrace.v1 import generation_pb2 as pb
 
 STREAMS = int(os.environ.get("TEST_STREAMS", "40"))
@@ -32,23 +34,36 @@ def requests(make_request, count: int) -> list[pb.GenerateRequest]:
     ]
 
 
-def follow(server, request: pb.GenerateRequest, begun: threading.Semaphore | None = None) -> tuple:
+class Seen(Received):
     """All that a client sees, but for how it was cut into messages."""
-    texts, ids, logprobs, finishes = {}, {}, {}, {}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logprobs: dict[int, list[float]] = {}
+        self.prompt_tokens = 0
+
+    def add(self, event: pb.StreamGenerateResponse) -> None:
+        for delta in event.deltas.choices:
+            before = self.choices[delta.index].token_ids if delta.index in self.choices else []
+            assert delta.token_offset == len(before)
+            self.logprobs.setdefault(delta.index, []).extend(delta.logprobs.sampled)
+        self.prompt_tokens = event.completed.usage.prompt_tokens
+        super().add(event)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Seen) and (self.choices, self.logprobs) == (other.choices, other.logprobs)
+
+
+def follow(server, request: pb.GenerateRequest, begun: threading.Semaphore | None = None) -> tuple[Seen, int, int]:
+    """What a client sees, and what it is billed for."""
+    seen = Seen()
     for sequence, event in enumerate(server.generation.StreamGenerate(request, timeout=300), 1):
         assert event.sequence == sequence
-        last = event
-        for choice in event.deltas.choices:
-            if begun is not None and not ids:
-                begun.release()
-            texts[choice.index] = texts.get(choice.index, "") + choice.text
-            assert choice.token_offset == len(ids.setdefault(choice.index, []))
-            ids[choice.index] += choice.token_ids
-            logprobs.setdefault(choice.index, []).extend(choice.logprobs.sampled)
-            if choice.HasField("finish"):
-                finishes[choice.index] = choice.finish.reason, choice.finish.stop_string
-    usage = last.completed.usage
-    return texts, ids, logprobs, finishes, (usage.prompt_tokens, usage.output_tokens)
+        if begun is not None and sequence == 2:
+            begun.release()
+        seen.add(event)
+    assert seen.is_complete
+    return seen, seen.prompt_tokens, seen.output_tokens
 
 
 @pytest.mark.slow
@@ -71,4 +86,59 @@ def test_nobody_sees_that_a_worker_was_killed(start_server, make_request) -> Non
             assert [stream.result() for stream in streams] == undisturbed, f"kill {kill}"
     assert server.metric("millrace_engine_restarts_total") == KILLS
     assert server.metric("millrace_num_requests_running") == 0
+    assert server.stop() == 0
+
+
+def lose(server, request: pb.GenerateRequest, seen: Seen, events: int) -> None:
+    """Read so many events of a stream and lose its connection."""
+    call = server.generation.StreamGenerate(request, timeout=300)
+    for event in itertools.islice(call, events):
+        seen.add(event)
+    call.cancel()
+
+
+def rest_of(request: pb.GenerateRequest, seen: Seen) -> pb.GenerateRequest:
+    rest = pb.GenerateRequest()
+    rest.CopyFrom(request)
+    for name, value in seen.options.items():
+        if name == "seed":
+            rest.sampling.seed = value
+        else:
+            rest.continue_from.CopyFrom(value)
+    return rest
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_answers_go_on_at_another_server(start_server, make_request) -> None:
+    servers = [start_server(), start_server()]
+    r = random.Random(6)
+    for number, request in enumerate(requests(make_request, 20)):
+        wanted, _, billed = follow(servers[0], request)
+        seen = Seen()
+        for attempt in range(3):
+            lose(servers[attempt % 2], rest_of(request, seen), seen, r.choice([1, 2, 5, 40, 90]))
+            if seen.is_complete:
+                break
+        else:
+            before = sum(len(choice.token_ids) for choice in seen.choices.values())
+            for event in servers[1].generation.StreamGenerate(rest_of(request, seen), timeout=300):
+                seen.add(event)
+            assert seen.output_tokens == billed - before
+        assert seen == wanted, f"request {number}"
+    for server in servers:
+        assert server.stop() == 0
+
+
+def test_a_request_repeated_by_its_id_is_answered_once(start_server, make_request) -> None:
+    server = start_server()
+    request = make_request("A mill", request_id="job-1", stopping=pb.StoppingCriteria(max_output_tokens=40))
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(server.generation.Generate, [request] * 8))
+    assert all(answer == answers[0] for answer in answers)
+    streamed = list(server.generation.StreamGenerate(request))
+    assert "".join(new_text(event) for event in streamed) == answers[0].choices[0].text
+    assert streamed[-1].completed.usage == answers[0].usage
+    assert server.metric("millrace_generation_tokens_total") == answers[0].usage.output_tokens
+    assert server.metric("millrace_requests_repeated_total") == 8
     assert server.stop() == 0

@@ -28,7 +28,7 @@ def answer(
 ) -> list[list[ChoiceDelta]]:
     """The deltas of each push of so many tokens; what is left comes with the finish."""
     request = GenerateRequest("m", "p", stopping=stopping, output=output)
-    choices = Choices(TOKENIZER, request, 1, FinishReason.MAX_TOKENS, lambda choice: None)
+    choices = Choices(TOKENIZER, request, 1, FinishReason.MAX_TOKENS)
     messages = []
     starts = [start for start in accumulate(pushes, initial=0) if start < len(tokens)]
     for start, end in zip(starts, [*starts[1:], len(tokens)], strict=True):

@@ -32,6 +32,6 @@ def metaspace(tmp_path: Path) -> Tokenizer:
 def test_the_first_space(metaspace: Tokenizer, prompt: str | tuple[int, ...] | ChatPrompt, text: str) -> None:
     ids = metaspace.encode("upon a", add_special_tokens=False)
     request = GenerateRequest("tiny", prompt)
-    choices = Choices(metaspace, request, 1, FinishReason.MAX_TOKENS, lambda choice: None)
+    choices = Choices(metaspace, request, 1, FinishReason.MAX_TOKENS)
     news = [TokenDelta(0, ids, finish=Finish(FinishReason.MAX_TOKENS))]
     assert "".join(delta.text for message in choices.push(news) for delta in message.choices) == text

@@ -1,11 +1,11 @@
-"""Live-request limits, unique ids, and the drain."""
+"""Live-request limits and the drain."""
 
 import asyncio
 from contextlib import aclosing
 
 import pytest
 
-from millrace.server.errors import Drained, Draining, QuotaExceeded, RequestIdInUse
+from millrace.server.errors import Drained, Draining, QuotaExceeded
 from millrace.server.types import Caller, Completed, Started
 
 ACME, OTHER = Caller("acme"), Caller("other")
@@ -34,17 +34,8 @@ async def test_tenants_have_limits_of_their_own(house, ask) -> None:
     house.check_idle()
 
 
-async def test_request_ids_are_unique_among_the_tenants_live_requests(house, ask) -> None:
+async def test_a_request_without_an_id_gets_one_of_its_own(house, ask) -> None:
     house.say("something to say")
-    first = await start(house, ACME, ask(request_id="job-1"))
-    with pytest.raises(RequestIdInUse):
-        await start(house, ACME, ask(request_id="job-1"))
-    other = await start(house, OTHER, ask(request_id="job-1"))
-    await first.aclose()
-    again = await start(house, ACME, ask(request_id="job-1"))
-    await other.aclose()
-    await again.aclose()
-    house.check_idle()
     picked = {(await house.run(ask())).started.request_id for _ in range(10)}
     assert len(picked) == 10
 
