@@ -68,14 +68,14 @@ def one_block_too_few_at_a_boundary(world: World) -> None:
 
 def a_stop_is_missed_while_the_next_token_is_on_its_way(world: World) -> None:
     def commit(method: Any, step: int, rows: Any, tokens: Any, errors: Any) -> Any:
-        missed = {row.sequence: row.sequence.stop_token_ids for row in rows if row.sequence.pending > 1}
-        for sequence in missed:
-            sequence.stop_token_ids = frozenset()
+        missed = {row.sequence.request: row.sequence.request.stop_token_ids for row in rows if row.sequence.pending > 1}
+        for request in missed:
+            object.__setattr__(request, "stop_token_ids", frozenset())  # it is frozen
         try:
             return method(step, rows, tokens, errors)
         finally:
-            for sequence, stops in missed.items():
-                sequence.stop_token_ids = stops
+            for request, stops in missed.items():
+                object.__setattr__(request, "stop_token_ids", stops)
 
     around(world.scheduler, "commit", commit)
 

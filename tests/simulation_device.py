@@ -6,7 +6,8 @@ sequence's own text, seed and choice, and a block that somebody else wrote to sh
 
 from functools import cache
 
-from millrace.server.engine.plan import Plan, Row
+from millrace.server.engine.plan import Plan
+from millrace.server.engine.row import Row
 from millrace.server.engine.sequence import SequenceRequest
 
 VOCABULARY = 50

@@ -10,6 +10,7 @@ void bind_matmul(pybind11::module_& module);
 void bind_attention(pybind11::module_& module);
 void bind_rows(pybind11::module_& module);
 void bind_ragged(pybind11::module_& module);
+void bind_sequences(pybind11::module_& module);
 void bind_weights(pybind11::module_& module);
 void bind_model(pybind11::module_& module);
 void bind_roof(pybind11::module_& module);

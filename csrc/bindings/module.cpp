@@ -33,6 +33,7 @@ PYBIND11_MODULE(_C, module, pybind11::mod_gil_not_used()) {
   millrace::bindings::bind_attention(module);
   millrace::bindings::bind_rows(module);
   millrace::bindings::bind_ragged(module);
+  millrace::bindings::bind_sequences(module);
   millrace::bindings::bind_weights(module);
   millrace::bindings::bind_model(module);
   millrace::bindings::bind_roof(module);

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from millrace.kernels.ragged import append, gather, pack_tokens
-from millrace.server.engine.plan import Row
+from millrace.server.engine import loops
+from millrace.server.engine.row import Row
 from millrace.server.engine.sequence import Sequence
 from millrace.server.model.executors.base import (
     Batch,
@@ -111,24 +112,19 @@ class BatchPacker:
         """Take over the newest block of a running sequence."""
         self._blocks.append(np.array([sequence.lane], np.int32), np.array(sequence.blocks[-1:], np.int32))
 
-    def append(self, lanes: list[int], tokens: list[int]) -> None:
+    def append(self, lanes: Int32, tokens: Int32) -> None:
         """Add one sampled token to each of the lanes."""
-        self._tokens.append(np.array(lanes, np.int32), np.array(tokens, np.int32))
+        self._tokens.append(lanes, tokens)
 
     def pack(self, rows: Rows, tickets: Mapping[int, Ticket]) -> Batch:
         """The batch of rows of running sequences; `tickets` names the steps in flight by number."""
-        sequences, first, last, sampling, sources = zip(*rows, strict=True)
-        lanes = np.array([sequence.lane for sequence in sequences], np.int32)
-        starts, ends = np.array(first, np.int32), np.array(last, np.int32)
-        samples = np.array(sampling, np.bool_)
+        lanes, starts, ends, samples, sources = loops.columns(rows)
         self._tokens.reserve(int(ends.max()))  # placeholders lie behind the known tokens
         token_ids, positions, slots, offsets, block_tables = pack_tokens(
             lanes, starts, ends, self._tokens.values, self._blocks.values, self._block_size
         )
         placeholders = [
-            Placeholder(int(offsets[row + 1]) - 1, tickets[source[0]], source[1])
-            for row, source in enumerate(sources)
-            if source is not None
+            Placeholder(int(offsets[row + 1]) - 1, tickets[source[0]], source[1]) for row, source in sources
         ]
         token_ids[[p.index for p in placeholders]] = -1
         drawing, drawn = lanes[samples], ends[samples]

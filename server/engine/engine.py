@@ -8,10 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from millrace.server.config import EngineConfig
+from millrace.server.engine import loops
 from millrace.server.engine.batch import BatchPacker
 from millrace.server.engine.blocks import BlockPool
-from millrace.server.engine.plan import MANY, Limits, Plan, Row
+from millrace.server.engine.plan import MANY, Limits, Plan
 from millrace.server.engine.results import checked_result, failed_row, row_tokens, sequence_tokens
+from millrace.server.engine.row import Row
 from millrace.server.engine.scheduler import Scheduler
 from millrace.server.engine.sequence import SequenceFinished, SequenceRequest, SequenceToken, Status
 from millrace.server.engine.texts import TextVector
@@ -193,8 +195,7 @@ class Engine:
             accepted, finished = self._scheduler.commit(step, rows, tokens, errors)
         output.tokens += sequence_tokens(rows, accepted, tokens, result)
         output.finished += finished
-        running = [i for i in accepted if rows[i].sequence.status is Status.RUNNING]
-        self._packer.append([rows[i].sequence.lane for i in running], [tokens[i] for i in running])
+        self._packer.append(*loops.running_tokens(rows, accepted, tokens))
         for row, text in result.errors.items():
             log.error("request %s fails the executor: %s", rows[row].sequence.request.request_id, text)
 

@@ -1,13 +1,11 @@
 """What a step consists of, and within which bounds."""
 
-from collections import Counter
 from dataclasses import dataclass, field
-from functools import partial
-from typing import NamedTuple
 
+from millrace.server.engine import loops
+from millrace.server.engine.row import Row
 from millrace.server.engine.sequence import Sequence
 from millrace.server.engine.step_time import Work
-from millrace.server.engine.tenants import Tenant
 
 MANY = 1 << 30
 
@@ -39,19 +37,6 @@ class Limits:
         return min(self.max_num_seqs, self.max_num_batched_tokens)
 
 
-class Row(NamedTuple):
-    """Tokens [start, end) of a sequence; with `source` the last of them is being sampled by (step, row)."""
-
-    sequence: Sequence
-    start: int
-    end: int
-    samples: bool
-    source: tuple[int, int] | None
-
-
-new_row = partial(tuple.__new__, Row)  # a Row of a tuple, in half the time
-
-
 @dataclass(slots=True)
 class Plan:
     """One step. `admitted` got their lane in it, `grown` their last block; first of all `copies` of blocks (source,
@@ -67,27 +52,13 @@ class Plan:
     attention: int = 0  # sum over its tokens of the tokens that each looks at
 
     def add_decodes(self, decoding: list[Sequence]) -> None:
-        """As `_add` for one token of each, in one loop: most rows there are."""
-        step, rows, attention = self.step, self.rows, 0
-        served: list[Tenant] = []
-        for sequence in decoding:
-            end = sequence.length
-            source = sequence.source if sequence.pending else None
-            sequence.source = step, len(rows)
-            rows.append(new_row((sequence, end - 1, end, True, source)))
-            attention += end
-            if end > sequence.charged:
-                if end > sequence.prompt_len:
-                    served.append(sequence.tenant)
-                else:
-                    sequence.tenant.charge(1, 0)
-            sequence.scheduled = end
-            sequence.in_flight += 1
-            sequence.pending += 1
-            sequence.length = end + 1
-        for tenant, tokens in Counter(served).items():
+        """One token of each; no other row may be there yet."""
+        self.rows, self.attention, unpaid, outputs = loops.plan_decodes(self.step, decoding)
+        self.decode_tokens = len(self.rows)
+        for tenant in unpaid:
+            tenant.charge(1, 0)
+        for tenant, tokens in outputs:
             tenant.charge(0, tokens)
-        self.decode_tokens, self.attention = len(rows), attention
 
     def add(self, sequence: Sequence, count: int) -> None:
         """The next `count` tokens of a sequence that lacks more than one."""

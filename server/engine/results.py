@@ -2,19 +2,20 @@
 
 import numpy as np
 
-from millrace.server.engine.plan import Row
-from millrace.server.engine.sequence import SequenceToken, new_token
+from millrace.server.engine import loops
+from millrace.server.engine.row import Row
+from millrace.server.engine.sequence import SequenceToken
 from millrace.server.model.executors.base import StepResult
 
 
 def checked_result(rows: list[Row], result: StepResult) -> StepResult:
     """The result itself. ValueError unless every row that samples yielded one token or an error, and no other."""
-    yielded = np.diff(result.offsets).tolist()
-    due = [row[3] for row in rows]  # True is 1
-    for row in result.errors:
-        due[row] = False
-    if yielded != due:
-        raise ValueError(f"the rows of a step should yield {due} tokens and yielded {yielded}")
+    yielded, due = np.diff(result.offsets), loops.columns(rows)[3]
+    due[list(result.errors)] = False
+    if not np.array_equal(yielded, due):
+        raise ValueError(
+            f"the rows of a step should yield {due.astype(int).tolist()} tokens and yielded {yielded.tolist()}"
+        )
     return result
 
 
@@ -33,13 +34,12 @@ def row_tokens(result: StepResult) -> list[int]:
 def sequence_tokens(rows: list[Row], accepted: list[int], tokens: list[int], result: StepResult) -> list[SequenceToken]:
     """The news of the accepted rows, log-probabilities where they were asked for."""
     news: list[SequenceToken] = []
-    for row in accepted:
-        request = rows[row][0].request
-        if request.logprobs_top_n is None:
-            news.append(new_token((request.sequence_id, tokens[row], None, (), ())))
-        else:
-            at = result.offsets[row]
-            top = slice(result.top_offsets[at], result.top_offsets[at + 1])
-            ids, logprobs = result.top_token_ids[top].tolist(), result.top_logprobs[top].tolist()
-            news.append(SequenceToken(request.sequence_id, tokens[row], float(result.logprobs[at]), ids, logprobs))
+    for row, token in zip(accepted, loops.tokens_of(rows, accepted, tokens), strict=True):
+        news.append(token or token_with_logprobs(rows[row], result.offsets[row], tokens[row], result))
     return news
+
+
+def token_with_logprobs(row: Row, at: int, token: int, result: StepResult) -> SequenceToken:
+    top = slice(result.top_offsets[at], result.top_offsets[at + 1])
+    ids, logprobs = result.top_token_ids[top].tolist(), result.top_logprobs[top].tolist()
+    return SequenceToken(row.sequence.request.sequence_id, token, float(result.logprobs[at]), ids, logprobs)

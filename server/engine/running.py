@@ -12,16 +12,16 @@ class Running:
 
     def __init__(self, pool: BlockPool, lanes: int):
         self._pool, self.total_lanes = pool, lanes
-        self._sequences: list[Sequence] = []
+        self.sequences: list[Sequence] = []
         self._of_rank = [0] * len(Priority)
         self._leaving: dict[int, Sequence] = {}  # by arrival
         self._lanes = list(range(lanes - 1, -1, -1))
 
     def __len__(self) -> int:
-        return len(self._sequences)
+        return len(self.sequences)
 
     def __iter__(self) -> Iterator[Sequence]:
-        return iter(self._sequences)
+        return iter(self.sequences)
 
     @property
     def free_lanes(self) -> int:
@@ -46,7 +46,7 @@ class Running:
         sequence.tenant.running += 1
         sequence.tenant.blocks += len(sequence.blocks)
         self._of_rank[sequence.rank] += 1
-        self._sequences.append(sequence)
+        self.sequences.append(sequence)
 
     def grow(self, sequence: Sequence) -> None:
         """Give a sequence one more block, which is free."""
@@ -56,7 +56,7 @@ class Running:
 
     def stop(self, sequence: Sequence) -> None:
         """Take the lane of a sequence, and its blocks as soon as no step reads them."""
-        self._sequences.remove(sequence)
+        self.sequences.remove(sequence)
         self._of_rank[sequence.rank] -= 1
         self._lanes.append(sequence.lane)
         sequence.lane = -1
@@ -75,7 +75,7 @@ class Running:
 
     def check(self) -> None:
         """Raise AssertionError unless lanes, blocks and counts agree."""
-        running, leaving = self._sequences, list(self._leaving.values())
+        running, leaving = self.sequences, list(self._leaving.values())
         self._pool.check(sequence.blocks for sequence in running + leaving)
         size = self._pool.block_size
         facts = {

@@ -11,14 +11,16 @@ much a step holds in `budget`, what is not computed twice in `sharing`.
 
 from collections.abc import Iterable, Mapping
 
+from millrace.server.engine import loops
 from millrace.server.engine.admission import Admission
 from millrace.server.engine.blocks import BlockPool
 from millrace.server.engine.budget import Budget
 from millrace.server.engine.deadlines import Deadlines, last_word
-from millrace.server.engine.plan import Limits, Plan, Row
+from millrace.server.engine.plan import Limits, Plan
 from millrace.server.engine.preemption import Claim, cheapest
 from millrace.server.engine.prefixes import Chain
 from millrace.server.engine.queue import Place, Queue, aged_rank, place
+from millrace.server.engine.row import Row
 from millrace.server.engine.running import Running
 from millrace.server.engine.sequence import Group, Sequence, SequenceFinished, SequenceRequest, Status
 from millrace.server.engine.sharing import Sharing
@@ -127,11 +129,12 @@ class Scheduler:
         Returns the indices of the rows whose token counts, and the sequences that ended. The rows of a
         sequence that ended or was cancelled meanwhile are dropped. ValueError for rows that are not in flight.
         """
-        rows = list(rows)
+        rows, tokens = list(rows), list(tokens)
         self._arrive(step, len(rows))
-        accepted: list[int] = []
+        accepted, others = loops.commit_plain(rows, tokens) if not errors else ([], list(range(len(rows))))
         finished: list[SequenceFinished] = []
-        for index, ((sequence, _, end, samples, _), token) in enumerate(zip(rows, tokens, strict=True)):
+        for index in others:
+            sequence, _, end, samples, _ = rows[index]
             sequence.in_flight -= 1
             status = sequence.status
             if status is not Status.RUNNING:
@@ -148,13 +151,8 @@ class Scheduler:
                     self._sharing.reached(sequence, end)
             if samples:
                 accepted.append(index)
-                sequence.pending -= 1
-                sequence.output.append(token)
-                if token in sequence.stop_token_ids:
-                    finished.append(self._complete(sequence, FinishReason.STOP, token))
-                elif sequence.length == sequence.limit and not sequence.pending:
-                    finished.append(self._complete(sequence, self._limit_reason(sequence)))
-        return accepted, finished
+                self._take(sequence, tokens[index], finished)
+        return sorted(accepted), finished
 
     def rollback(self, step: int, rows: Iterable[Row]) -> None:
         """Undo rows that will never come back; the latest step first. Their tokens are planned again."""
@@ -219,7 +217,6 @@ class Scheduler:
             length=tokens + len(request.output_ids),
             output=list(request.output_ids),
             rank=request.priority,
-            stop_token_ids=request.stop_token_ids,
             deadline_us=None if request.deadline_us is None else self._now_us + request.deadline_us,
             chain=Chain(request.tenant, self.pool.block_size, cache.salt) if shares else None,
         )
@@ -242,27 +239,13 @@ class Scheduler:
 
     def _plan_decodes(self, plan: Plan) -> list[Sequence]:
         """Plan one token for every sequence that lacks just one; return those that lack more."""
-        prefilling: list[Sequence] = []
-        decoding: list[Sequence] = []
-        growing: list[Sequence] = []
-        for sequence in self._running:
-            if sequence.length - sequence.scheduled > 1:
-                prefilling.append(sequence)
-            elif sequence.pending == 0 or self._may_decode_ahead(sequence):
-                decoding.append(sequence)
-                if sequence.scheduled == sequence.capacity:
-                    growing.append(sequence)
+        prefilling, decoding, growing = loops.sort_running(self._running.sequences)
         if growing:
             waits = self._grow(plan, growing)
             decoding = [s for s in decoding if s.status is Status.RUNNING and s not in waits]
             prefilling = [s for s in prefilling if s.status is Status.RUNNING]
         plan.add_decodes(decoding)
         return prefilling
-
-    @staticmethod
-    def _may_decode_ahead(sequence: Sequence) -> bool:
-        """Not beyond the end, and not past a token that sampling must know: a row can name only its last one."""
-        return sequence.length < sequence.limit and (sequence.pending == 1 or not sequence.needs_history)
 
     def _plan_prompts(self, plan: Plan, prefilling: list[Sequence]) -> None:
         """Chunks of prompts, begun or waiting, in the order of service until the step is full."""
@@ -405,6 +388,15 @@ class Scheduler:
             self._flights[step] = left
         else:
             self._flights.pop(step, None)
+
+    def _take(self, sequence: Sequence, token: int, finished: list[SequenceFinished]) -> None:
+        """A sampled token, which may be the last."""
+        sequence.pending -= 1
+        sequence.output.append(token)
+        if token in sequence.request.stop_token_ids:
+            finished.append(self._complete(sequence, FinishReason.STOP, token))
+        elif sequence.length == sequence.limit and not sequence.pending:
+            finished.append(self._complete(sequence, self._limit_reason(sequence)))
 
     def _limit_reason(self, sequence: Sequence) -> FinishReason:
         full = sequence.limit == self.limits.max_model_len

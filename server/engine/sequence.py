@@ -3,7 +3,6 @@
 from collections import abc
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from functools import partial
 from typing import NamedTuple
 
 from millrace.server.engine.prefixes import Chain
@@ -48,9 +47,6 @@ class SequenceToken(NamedTuple):
     logprob: float | None = None  # None: not asked for
     top_ids: abc.Sequence[int] = ()
     top_logprobs: abc.Sequence[float] = ()
-
-
-new_token = partial(tuple.__new__, SequenceToken)  # of a tuple, in half the time
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +108,6 @@ class Sequence:
     computed: int = 0  # those of them whose steps are done
     capacity: int = 0  # tokens that its blocks hold
     milestone: int = 0  # tokens after which others may find a block, or its prompt
-    stop_token_ids: frozenset[int] = frozenset()
     pending: int = 0
     in_flight: int = 0  # rows of steps that are not collected
     source: tuple[int, int] = (0, 0)  # step and row that sample the newest pending token

@@ -8,7 +8,7 @@ from engine_fakes import make_request
 
 from millrace.server.engine import batch as module
 from millrace.server.engine.batch import BatchPacker, RaggedTable
-from millrace.server.engine.plan import Row
+from millrace.server.engine.row import Row
 from millrace.server.engine.sequence import Group, Sequence
 from millrace.server.engine.tenants import Tenant
 from millrace.server.model.executors.base import Output
@@ -126,7 +126,7 @@ def test_packing_equals_the_definition(seed):
         packer.admit(sequence)
         for token in known[len(known) - late :]:
             sequence.output.append(token)
-            packer.append([sequence.lane], [token])
+            packer.append(np.array([sequence.lane], np.int32), np.array([token], np.int32))
         for count in range(2, len(blocks) + 1):
             sequence.blocks = blocks[:count]
             packer.grow(sequence)
