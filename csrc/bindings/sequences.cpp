@@ -84,8 +84,8 @@ class SequenceLoops {
       const long end = length_.number(sequence), pending = pending_.number(sequence);
       PyObject* source = pending > 0 ? source_.get(sequence) : Py_None;
       const py::object row =
-          named_tuple(row_, new_reference(sequence), Slot::number_object(end - 1),
-                      new_reference(length_.get(sequence)), new_reference(Py_True), new_reference(source));
+          named_tuple(row_, new_reference(sequence), Slot::number_object(end - 1), new_reference(length_.get(sequence)),
+                      new_reference(Py_True), new_reference(source));
       source_.set(sequence, py::make_tuple(step, rows.size()).release().ptr());
       rows.append(row);
       attention += end;
