@@ -38,8 +38,10 @@ class Tenant:
         """Seconds to the first token; the answer is read to its end."""
         prompt = self._draw.choices(range(FIRST_ID, LAST_ID), k=prompt_tokens)
         start, first = time.perf_counter(), 0.0
-        options = {"temperature": 0.0, "max_output_tokens": output_tokens, "ignore_eos": True}
-        async for event in self._client.stream(prompt, model="bench", **options):  # type: ignore[arg-type]
+        answer = self._client.stream(
+            prompt, model="bench", temperature=0.0, max_output_tokens=output_tokens, ignore_eos=True
+        )
+        async for event in answer:
             if not first and event.WhichOneof("event") == "deltas":
                 first = time.perf_counter() - start
         return first

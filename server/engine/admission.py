@@ -41,9 +41,7 @@ class Admission:
         self._limits, self._pool, self._queue = limits, pool, queue
         self._tenants, self._step_time, self._sharing = tenants, step_time, sharing
         self._mean_output: float | None = None
-        self.is_full = (
-            False  # the first of the queue found no room in the last step: the others wait for outputs to end
-        )
+        self.is_full = False  # no room for the first of the queue in the last step: it waits for outputs to end
 
     def check_size(self, request: SequenceRequest) -> None:
         """Raises PromptTooLong or ExceedsKVCapacity for what could never run."""
@@ -110,9 +108,9 @@ class Admission:
 
     def too_late(self, sequence: Seq, running: int, now_us: int) -> DeadlineUnattainable | None:
         """What to say to the first of the queue if, running from now on, it is expected to miss its deadline."""
-        if sequence.deadline_us is None or not self._may_refuse(sequence):
+        if sequence.due_us is None or not self._may_refuse(sequence):
             return None
-        left = sequence.deadline_us - now_us
+        left = sequence.due_us - now_us
         takes = self._takes_us(sequence, running, left)
         if takes <= left:
             return None
@@ -121,14 +119,14 @@ class Admission:
 
     def endangers(self, arrival: Seq, running: Iterable[Seq], count: int, now_us: int) -> bool:
         """Whether it makes one of the `count` that run, of no lesser class, miss a deadline that it would else meet."""
-        some = [s for s in running if s.deadline_us is not None and s.rank <= arrival.rank]
-        if not some or not self._step_time.is_known:
+        if not self._step_time.is_known:
             return False
         before, after = (self._full_step_us(decoding) for decoding in (count, count + 1))
-        for s in some:
-            left, tokens = (s.deadline_us or 0) - now_us, max(s.least_output, s.expected_output - len(s.output))
-            if tokens * before <= left < tokens * after:
-                return True
+        for s in running:
+            if s.due_us is not None and s.rank <= arrival.rank:
+                tokens = max(s.least_output, s.expected_output - len(s.output))
+                if tokens * before <= s.due_us - now_us < tokens * after:
+                    return True
         return False
 
     def _may_refuse(self, sequence: Seq) -> bool:
@@ -164,12 +162,9 @@ class Admission:
 
     def expect(self, sequence: Seq) -> int:
         """Tokens that a new sequence will yield, as far as one knows."""
-        least = sequence.least_output
-        return (
-            least
-            if self._mean_output is None
-            else max(least, min(sequence.limit - sequence.prompt_len, round(self._mean_output)))
-        )
+        if self._mean_output is None:
+            return sequence.least_output
+        return max(sequence.least_output, min(sequence.limit - sequence.prompt_len, round(self._mean_output)))
 
     def ended(self, sequence: Seq) -> None:
         """A sequence came to its natural end."""

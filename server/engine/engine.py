@@ -11,11 +11,12 @@ from millrace.server.config import EngineConfig
 from millrace.server.engine import loops
 from millrace.server.engine.batch import BatchPacker
 from millrace.server.engine.blocks import BlockPool
-from millrace.server.engine.plan import MANY, Limits, Plan
+from millrace.server.engine.plan import Limits, Plan
 from millrace.server.engine.results import checked_result, failed_row, row_tokens, sequence_tokens
 from millrace.server.engine.row import Row
 from millrace.server.engine.scheduler import Scheduler
 from millrace.server.engine.sequence import SequenceFinished, SequenceRequest, SequenceToken, Status
+from millrace.server.engine.step_time import UNLIMITED
 from millrace.server.engine.texts import TextVector
 from millrace.server.engine.validation import checked_request
 from millrace.server.errors import InternalError
@@ -74,8 +75,8 @@ class Engine:
             max_queued_requests=config.max_queued_requests,
             max_queued_tokens=config.max_queued_tokens,
             prefix_caching=config.prefix_caching,
-            max_queued_of_tenant=config.max_queued_requests_per_tenant or MANY,
-            max_running_of_tenant=config.max_num_seqs_per_tenant or MANY,
+            max_queued_of_tenant=config.max_queued_requests_per_tenant or UNLIMITED,
+            max_running_of_tenant=config.max_num_seqs_per_tenant or UNLIMITED,
             max_step_us=round(1e6 * config.max_step_time) or None,
             ageing_us=round(1e6 * config.priority_ageing),
         )

@@ -5,9 +5,7 @@ from dataclasses import dataclass, field
 from millrace.server.engine import loops
 from millrace.server.engine.row import Row
 from millrace.server.engine.sequence import Sequence
-from millrace.server.engine.step_time import Work
-
-MANY = 1 << 30
+from millrace.server.engine.step_time import UNLIMITED, Work
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +24,8 @@ class Limits:
     max_queued_requests: int
     max_queued_tokens: int
     prefix_caching: bool = True
-    max_queued_of_tenant: int = MANY
-    max_running_of_tenant: int = MANY
+    max_queued_of_tenant: int = UNLIMITED
+    max_running_of_tenant: int = UNLIMITED
     max_step_us: int | None = None
     ageing_us: int = 60_000_000
 

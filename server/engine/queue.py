@@ -29,7 +29,7 @@ def place(sequence: Seq) -> Place:
 
 def order_within(sequence: Seq) -> tuple[int, int, int]:
     """Among the sequences of one tenant and class."""
-    due = sequence.arrival_us + PATIENCE_US if sequence.deadline_us is None else sequence.deadline_us
+    due = sequence.arrival_us + PATIENCE_US if sequence.due_us is None else sequence.due_us
     return -sequence.preemptions, due, sequence.arrival
 
 

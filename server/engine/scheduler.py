@@ -217,7 +217,6 @@ class Scheduler:
             length=tokens + len(request.output_ids),
             output=list(request.output_ids),
             rank=request.priority,
-            deadline_us=None if request.deadline_us is None else self._now_us + request.deadline_us,
             chain=Chain(request.tenant, self.pool.block_size, cache.salt) if shares else None,
         )
         sequence.expected_output = self._admission.expect(sequence)
@@ -259,8 +258,7 @@ class Scheduler:
             if arrival is not None and not (begun and self._aged_place(begun[-1]) < place(arrival)):
                 if self._is_too_late(arrival):
                     continue
-                endangers = self._admission.endangers(arrival, self._running, self.running, self._now_us)
-                if not endangers and self._admit(plan, arrival):
+                if self._may_start(arrival) and self._admit(plan, arrival):
                     self._plan_chunk(plan, arrival, budget)
                     continue
                 self._admission.is_full = True
@@ -319,10 +317,19 @@ class Scheduler:
         needed = self.pool.blocks_for(arrival.length) + self.running
         return self._running.free_lanes > 0 and needed <= self.pool.free
 
+    def _may_start(self, arrival: Sequence) -> bool:
+        """Whether it has some room, and makes nobody late."""
+        return self._has_room(arrival) and not self._admission.endangers(
+            arrival, self._running, self.running, self._now_us
+        )
+
+    def _has_room(self, arrival: Sequence) -> bool:
+        """A lane, and a block beside what may be found, which is not looked for in vain at every step."""
+        return self._running.free_lanes > 0 and not arrival.in_flight and self.pool.free > self.running
+
     def _admit(self, plan: Plan, sequence: Sequence) -> bool:
         """Start a sequence, with blocks for all its tokens so far, if there is room."""
-        # One block at least is needed beside what may be found, which is not looked for in vain at every step.
-        if not self._running.free_lanes or sequence.in_flight or self.pool.free <= self.running:
+        if not self._has_room(sequence):
             return False
         shared, serial = self._sharing.find(sequence)
         fresh = self.pool.blocks_for(sequence.length) - len(shared)

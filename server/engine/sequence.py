@@ -100,7 +100,6 @@ class Sequence:
     limit: int
     length: int
     rank: int  # class of priority, 0 the first; waiting improves it
-    deadline_us: int | None = None
     status: Status = Status.WAITING
     output: list[int] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
@@ -142,6 +141,12 @@ class Sequence:
         ends_by_itself = self.request.stop_token_ids or self.request.watched
         least = self.request.min_output_tokens if ends_by_itself else self.limit - self.prompt_len
         return max(1, least - len(self.output))
+
+    @property
+    def due_us(self) -> int | None:
+        """When its answer is of no use any more."""
+        deadline_us = self.request.deadline_us
+        return None if deadline_us is None else self.arrival_us + deadline_us
 
     @property
     def end_us(self) -> int | None:

@@ -17,7 +17,7 @@ FAMILIAR = 16  # steps after which an expectation is one
 DOUBT = 0.9
 FIRST_CHUNK = 32  # prompt tokens of the first step; each later one may have as many as were seen, and these
 LEAST_CHUNK = 16  # prompt tokens that a step takes even if its time is used up: prompts advance, whatever decodes
-UNLIMITED = 1 << 40  # tokens
+UNLIMITED = 1 << 40  # of whatever is counted: no bound
 
 
 class Work(NamedTuple):

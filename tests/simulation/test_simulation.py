@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hash_seeds import outputs_under_hash_seeds
 from simulation_bugs import BUGS
 from simulation_script import CORPUS, Script, shrink, write_script
 from simulation_world import World
@@ -85,16 +86,7 @@ def test_one_seed_is_one_trace_whatever_the_hash_seed():
         f"import sys; sys.path.insert(0, {str(SOAK.parent.parent)!r});"
         "from simulation_world import *; print([World(write_script(seed)).run() for seed in range(50)])"
     )
-    traces = {
-        subprocess.run(
-            [sys.executable, "-c", code],
-            env={**os.environ, "PYTHONHASHSEED": seed},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for seed in ("0", "1", "12345")
-    }
+    traces = outputs_under_hash_seeds("-c", code)
     assert len(traces) == 1
 
 
