@@ -21,7 +21,10 @@ from millrace.server.errors import (
 )
 from millrace.server.types import Priority
 
-CAUTION = 1.5  # by which a wait is overestimated: later arrivals with earlier deadlines go first
+# By which a wait is overestimated, since later arrivals may go first: learned, so that of those who are turned away for
+# their deadline one in two hundred is told late, by the queue, and the others at once.
+CAUTION, LEAST_CAUTION, MOST_CAUTION = 2.0, 1.5, 4.0
+MISTAKE, TRUST = 1.1, 1.1 ** -(1 / 199)  # factors, with each who is told late, and at once
 FEW = 8  # sequences that run together once some wait, however few do now
 FORGET = 0.95  # weight of the mean output of what ended before, with each sequence that ends
 
@@ -41,6 +44,7 @@ class Admission:
         self._limits, self._pool, self._queue = limits, pool, queue
         self._tenants, self._step_time, self._sharing = tenants, step_time, sharing
         self._mean_output: float | None = None
+        self._caution = CAUTION
         self.is_full = False  # no room for the first of the queue in the last step: it waits for outputs to end
 
     def check_size(self, request: SequenceRequest) -> None:
@@ -100,10 +104,11 @@ class Admission:
         deadline_us = sequence.request.deadline_us
         if deadline_us is None or not self._may_refuse(sequence):
             return
-        waits = CAUTION * self._backlog_us(sequence, running)
+        waits = self._caution * self._backlog_us(sequence, running)
         takes = self._takes_us(sequence, running, deadline_us - waits)
         if waits + takes > deadline_us:
             self._doubt(running, len(self._queue))
+            self._caution = max(LEAST_CAUTION, TRUST * self._caution)
             raise unattainable(waits, takes, deadline_us)
 
     def too_late(self, sequence: Seq, running: int, now_us: int) -> DeadlineUnattainable | None:
@@ -115,6 +120,7 @@ class Admission:
         if takes <= left:
             return None
         self._doubt(running, len(self._queue) - 1)
+        self._caution = min(MOST_CAUTION, MISTAKE * self._caution)
         return unattainable(0, takes, left)
 
     def endangers(self, arrival: Seq, running: Iterable[Seq], count: int, now_us: int) -> bool:

@@ -137,8 +137,11 @@ def test_overload_with_deadlines_serves_more_in_time_than_order_of_arrival():
 
 def test_goodput_stays_flat_however_much_arrives():
     peak = max(goodput(simulate(traffic(load * CAPACITY, 120, 1))) for load in (0.8, 1, 1.5, 2, 3))
-    lives = simulate(traffic(10 * CAPACITY, 120, 1))
-    assert goodput(lives) >= 0.9 * peak
-    turned_away = [life for life in lives.values() if life.error]
-    assert sum(life.refused for life in turned_away) > 0.95 * len(turned_away), "most are told at once"
-    assert all(life.tokens == 0 for life in turned_away if life.error == "DEADLINE_UNATTAINABLE")
+    refused = late = 0
+    for seed in range(1, 4):
+        lives = simulate(traffic(10 * CAPACITY, 120, seed))
+        assert goodput(lives) >= 0.9 * peak
+        turned_away = [life for life in lives.values() if life.error == "DEADLINE_UNATTAINABLE"]
+        assert all(life.tokens == 0 for life in turned_away)
+        refused, late = refused + len(turned_away), late + sum(not life.refused for life in turned_away)
+    assert late <= 0.01 * refused, "all others are told at once"
