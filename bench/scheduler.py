@@ -1,9 +1,9 @@
 """What the engine itself costs per step, without a model: schedule, pack, commit.
 
-    python -m millrace.bench.scheduler [--running 256] [--steps 300]
+    python -m millrace.bench.scheduler [--running 32 64 128 256] [--waiting 0 200 2000 10000] [--steps 300]
 
-Prints microseconds per step of pure decoding for growing queues behind it. The cost should not grow with
-what waits; the aim at 256 running sequences is 300 microseconds.
+Plots microseconds per step of pure decoding. The cost should grow no faster than what runs, and not with what waits;
+the aim at 256 running sequences is 300 microseconds.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from millrace.server.types import BackendInfo, Sampling
 
 BLOCK_SIZE = 32
 PROMPT = tuple(range(64))
+BAR = 10  # microseconds of a mark of the plot
 
 
 class NullExecutor:
@@ -69,14 +70,16 @@ def step_us(running: int, waiting: int, steps: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--running", type=int, default=256)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--running", type=int, nargs="+", default=[32, 64, 128, 256])
+    parser.add_argument("--waiting", type=int, nargs="+", default=[0, 200, 2000, 10_000])
     parser.add_argument("--steps", type=int, default=300)
     arguments = parser.parse_args()
     print(f"{'running':>8} {'waiting':>8} {'us/step':>8}")
-    for waiting in (0, 200, 2000, 20_000):
-        cost = step_us(arguments.running, waiting, arguments.steps)
-        print(f"{arguments.running:>8} {waiting:>8} {cost:>8.0f}")
+    for running in arguments.running:
+        for waiting in arguments.waiting:
+            cost = step_us(running, waiting, arguments.steps)
+            print(f"{running:>8} {waiting:>8} {cost:>8.0f} {'#' * round(cost / BAR)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -58,6 +58,7 @@ async def serve(settings: Settings, launcher: Launcher, stop: asyncio.Future[Non
     card, context = read_model(settings, supervisor.backend)
     metrics = Metrics()
     metrics.watch_engine(supervisor.backend.stats, lambda: supervisor.backend.messages)
+    metrics.watch_tasks(asyncio.get_running_loop())
     # What ends is the reverse of what is here: the worker last, after every stream.
     async with AsyncExitStack() as stack:
         stack.push_async_callback(supervisor.close)

@@ -1,10 +1,11 @@
 """Prometheus metrics, named as vLLM names them, under our prefix. No label names a tenant, key or prompt."""
 
+import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -48,6 +49,11 @@ class Metrics:
     def watch_engine(self, stats: Callable[[], EngineStats], messages: Callable[[], int]) -> None:
         """Read an engine's state whenever metrics are. `messages`: received from it so far."""
         self.registry.register(EngineCollector(stats, messages))
+
+    def watch_tasks(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Count the tasks of an event loop whenever metrics are read: what grows without end is a leak."""
+        gauge = Gauge("millrace_tasks", "Tasks of the gateway's event loop.", registry=self.registry)
+        gauge.set_function(lambda: len(asyncio.all_tasks(loop)))
 
 
 class EngineCollector(Collector):

@@ -8,6 +8,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import grpc
 import pytest
 
 from millrace.server.client import Received, new_text
@@ -55,14 +56,19 @@ class Seen(Received):
 
 
 def follow(server, request: pb.GenerateRequest, begun: threading.Semaphore | None = None) -> tuple[Seen, int, int]:
-    """What a client sees, and what it is billed for."""
+    """What a client sees, and what it is billed for. One that comes while there is no worker asks again."""
     seen = Seen()
-    for sequence, event in enumerate(server.generation.StreamGenerate(request, timeout=300), 1):
-        assert event.sequence == sequence
-        if begun is not None and sequence == 2:
-            begun.release()
-        seen.add(event)
-    assert seen.is_complete
+    while not seen.is_complete:
+        try:
+            for sequence, event in enumerate(server.generation.StreamGenerate(request, timeout=300), 1):
+                assert event.sequence == sequence
+                if begun is not None and sequence == 2:
+                    begun.release()
+                seen.add(event)
+        except grpc.RpcError as error:
+            if error.code() is not grpc.StatusCode.UNAVAILABLE or seen.started is not None:
+                raise
+            time.sleep(0.2)
     return seen, seen.prompt_tokens, seen.output_tokens
 
 
