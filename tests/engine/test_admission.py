@@ -8,6 +8,7 @@ from millrace.server.engine.plan import Limits
 from millrace.server.engine.scheduler import Scheduler
 from millrace.server.engine.step_time import Work
 from millrace.server.errors import DeadlineUnattainable
+from millrace.server.types import Priority
 
 SECOND = 1_000_000
 EOS = frozenset({49})
@@ -54,19 +55,20 @@ def test_what_takes_longer_than_it_has_is_refused():
 @pytest.mark.parametrize("max_step_us", [None, 150_000])
 def test_ordinary_timeouts_are_met_however_steps_are_bounded(max_step_us):
     scheduler = make_scheduler(max_step_us=max_step_us)
-    for sequence_id in range(30):
-        request = make_request(
-            sequence_id, range(10), max_output_tokens=50, stop_token_ids=EOS, deadline_us=60 * SECOND
-        )
+    for sequence_id in range(25):
+        prompt = [sequence_id] * 10_000
+        request = make_request(sequence_id, prompt, max_output_tokens=50, stop_token_ids=EOS, deadline_us=60 * SECOND)
         scheduler.submit(request, now_us=0)
     run(scheduler, 0)
 
 
 def test_choices_that_wait_for_their_prompt_are_no_traffic():
     scheduler = make_scheduler()
-    choices = [make_request(i, range(20), choice=i, max_output_tokens=256, deadline_us=30 * SECOND) for i in range(2)]
+    asked = {"max_output_tokens": 256, "deadline_us": 2_400_000}
+    choices = [make_request(i, range(2000), choice=i, **asked) for i in range(8)]
     scheduler.submit(*choices, now_us=0)
-    run(scheduler, 0)
+    assert scheduler.plan(0).rows
+    assert not scheduler.take_ended(), "the prompt takes 0.2 seconds, once; the tokens 1.6"
 
 
 def test_what_the_prefix_cache_has_takes_no_time():
@@ -96,7 +98,7 @@ def test_an_estimate_that_is_wrong_does_not_stay():
 
 def test_short_answers_are_not_reckoned_with_as_long_ones():
     scheduler = make_scheduler()
-    scheduler._admission._mean_output = 400.0
+    scheduler._admission._mean_output, scheduler._admission.is_full = 400.0, True
     for sequence_id in range(200):
         request = make_request(sequence_id, range(50), max_output_tokens=1, stop_token_ids=EOS, deadline_us=10 * SECOND)
         scheduler.submit(request, now_us=0)
@@ -124,3 +126,46 @@ def test_a_prompt_alone_is_not_cut_into_crumbs_where_steps_are_slow():
         scheduler.commit(plan.step, plan.rows, [7] * len(plan.rows), {})
         steps += 1
     assert steps < 30, "16 tokens at a time would be 125"
+
+
+def test_who_would_be_late_is_told_before_it_costs_anything():
+    scheduler = make_scheduler(max_num_seqs=1)
+    scheduler.submit(make_request(1, [1], max_output_tokens=2), now_us=0)
+    plan = scheduler.plan(0)
+    scheduler.submit(make_request(2, [2] * 3000, max_output_tokens=1, deadline_us=SECOND), now_us=0)
+    scheduler.commit(plan.step, plan.rows, [7], {})
+    plan = scheduler.plan(0)
+    scheduler.commit(plan.step, plan.rows, [7], {})
+    assert scheduler.plan(900_000) is None, "0.3 seconds of work do not fit into 0.1"
+    (told,) = scheduler.take_ended()
+    assert (told.sequence_id, type(told.error), told.started) == (2, DeadlineUnattainable, False)
+    assert scheduler.tenants.enter("tenant", 1.0, 0).counter <= 5, "nothing was charged for it"
+
+
+def test_nobody_starts_who_would_make_a_running_one_late():
+    scheduler = make_scheduler(decode=5_000, max_step_us=None)
+    scheduler.submit(make_request(1, [1], max_output_tokens=100, deadline_us=6_400_000), now_us=0)
+    plan = scheduler.plan(0)
+    scheduler.commit(plan.step, plan.rows, [7], {})
+    scheduler.submit(make_request(2, [2], max_output_tokens=100), now_us=0)
+    assert [row.sequence.request.sequence_id for row in scheduler.plan(0).rows] == [1]
+    high = make_request(3, [3], max_output_tokens=100, priority=Priority.HIGH)
+    scheduler = make_scheduler(decode=5_000, max_step_us=None)
+    scheduler.submit(make_request(1, [1], max_output_tokens=100, deadline_us=6_400_000), now_us=0)
+    plan = scheduler.plan(0)
+    scheduler.commit(plan.step, plan.rows, [7], {})
+    scheduler.submit(high, now_us=0)
+    assert [row.sequence.request.sequence_id for row in scheduler.plan(0).rows] == [1, 3], "a higher class may"
+
+
+def test_of_one_tenant_the_nearest_deadline_comes_first():
+    scheduler = make_scheduler(max_num_batched_tokens=16)
+    for sequence_id, seconds in ((1, 50), (2, 20), (3, None), (4, 30), (5, 300)):
+        deadline_us = None if seconds is None else seconds * SECOND
+        scheduler.submit(make_request(sequence_id, [sequence_id] * 16, deadline_us=deadline_us), now_us=0)
+    order = []
+    while len(order) < 5:
+        plan = scheduler.plan(0)
+        order += [sequence.request.sequence_id for sequence in plan.admitted]
+        scheduler.commit(plan.step, plan.rows, [7] * len(plan.rows), {})
+    assert order == [2, 4, 1, 3, 5], "one without a deadline counts as if it had one of two minutes"

@@ -33,3 +33,13 @@ def test_what_comes_and_goes_beneath_the_first_takes_no_memory():
         heap.remove(number)
     assert heap.first() == "first"
     assert len(heap._entries) < 100
+
+
+def test_what_is_taken_out_takes_no_memory():
+    heap = Heap()
+    for number in range(10_000):
+        heap.put(number, (number,))
+    for number in range(1, 10_000):
+        heap.remove(number)
+    assert heap.first() == 0
+    assert len(heap._entries) < 100

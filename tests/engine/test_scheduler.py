@@ -255,11 +255,10 @@ def test_a_tenant_with_more_than_its_share_gives_way_to_one_with_less():
 
 def test_a_tenant_within_its_share_gives_way_to_nobody():
     scheduler = make_scheduler(blocks=12, block_size=4, max_num_batched_tokens=64, prefix_caching=False)
-    scheduler.submit(make_request(1, range(20), tenant="a", max_output_tokens=4), now_us=0)
-    commit(scheduler, scheduler.plan(0))
-    scheduler.submit(make_request(2, range(30), tenant="b", max_output_tokens=4), now_us=0)
-    plan = scheduler.plan(0)
-    assert not plan.admitted
+    scheduler.submit(make_request(1, range(23), tenant="a", max_output_tokens=1), now_us=0)
+    scheduler.plan(0)
+    scheduler.submit(make_request(2, range(22), tenant="b", max_output_tokens=1), now_us=0)
+    assert scheduler.plan(0) is None, "half of the blocks are its share, and a block more would be needed for both"
     assert scheduler.preemptions == 0
 
 
