@@ -76,6 +76,20 @@ async def test_it_goes_on_with_what_it_has() -> None:
     assert (await rest)[0] == {0: [7, 8]}
 
 
+async def test_what_a_client_continued_goes_on_from_all_that_is_known() -> None:
+    link = Link()
+    stream = await begun(link, token_request(1, 9, n=3, outputs={0: (7, 8), 2: ()}))
+    link.streams[0].push(0, 5)
+    await anext(stream)
+    link.die()
+    waiting = asyncio.create_task(anext(stream))
+    await turns()
+    link.here.set()
+    await turns()
+    assert link.requests[1].outputs == {0: (7, 8, 5), 2: ()}
+    waiting.cancel()
+
+
 async def test_a_place_in_the_next_workers_queue_is_not_lost_for_want_of_patience() -> None:
     link = Link()
     stream = await begun(link, token_request(1, 9), patience=0.05)

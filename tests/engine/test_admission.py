@@ -144,14 +144,14 @@ def test_who_would_be_late_is_told_before_it_costs_anything():
 
 def test_nobody_starts_who_would_make_a_running_one_late():
     scheduler = make_scheduler(decode=5_000, max_step_us=None)
-    scheduler.submit(make_request(1, [1], max_output_tokens=100, deadline_us=6_400_000), now_us=0)
+    scheduler.submit(make_request(1, [1], max_output_tokens=100, deadline_us=6_700_000), now_us=0)
     plan = scheduler.plan(0)
     scheduler.commit(plan.step, plan.rows, [7], {})
     scheduler.submit(make_request(2, [2], max_output_tokens=100), now_us=0)
     assert [row.sequence.request.sequence_id for row in scheduler.plan(0).rows] == [1]
     high = make_request(3, [3], max_output_tokens=100, priority=Priority.HIGH)
     scheduler = make_scheduler(decode=5_000, max_step_us=None)
-    scheduler.submit(make_request(1, [1], max_output_tokens=100, deadline_us=6_400_000), now_us=0)
+    scheduler.submit(make_request(1, [1], max_output_tokens=100, deadline_us=6_700_000), now_us=0)
     plan = scheduler.plan(0)
     scheduler.commit(plan.step, plan.rows, [7], {})
     scheduler.submit(high, now_us=0)
