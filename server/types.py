@@ -236,6 +236,7 @@ class TokenRequest:
     time_limit: float | None = None
     deadline: float | None = None
     cache: CachePolicy = field(default_factory=CachePolicy)
+    resumes: bool = False  # it ran before, on a worker that died
 
     @property
     def choices(self) -> Sequence[int]:

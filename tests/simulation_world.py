@@ -66,7 +66,11 @@ class World:
         requests = [self._request(base + choice, choice, asked) for choice in range(asked["n"])]
         truths = [Truth(request, self.limits.max_model_len) for request in requests]
         given = [truth.output[: min(asked.get("given", 0), len(truth.output) - 1)] for truth in truths]
-        requests = [replace(request, output_ids=tokens) for request, tokens in zip(requests, given, strict=True)]
+        resumes = asked.get("given", 0) % 2 == 1  # else a client goes on with it
+        requests = [
+            replace(request, output_ids=tokens, resumes=resumes)
+            for request, tokens in zip(requests, given, strict=True)
+        ]
         refused = self._submit(requests)
         if refused is not None:
             self._count(type(refused).__name__)

@@ -10,6 +10,10 @@
 #include "arrays.h"
 #include "bindings.h"
 
+#ifdef Py_GIL_DISABLED
+#error "These loops change Python objects without a lock of their own: build with a Python that has the GIL."
+#endif
+
 namespace millrace::bindings {
 namespace {
 
@@ -21,6 +25,9 @@ py::object named_tuple(const py::object& type, Items... items) {
   auto* cls = reinterpret_cast<PyTypeObject*>(type.ptr());
   PyObject* made = cls->tp_alloc(cls, sizeof...(items));
   if (made == nullptr) throw py::error_already_set();
+#if PY_VERSION_HEX >= 0x030E0000
+  reinterpret_cast<PyTupleObject*>(made)->ob_hash = -1;  // not known yet
+#endif
   Py_ssize_t at = 0;
   (PyTuple_SET_ITEM(made, at++, items), ...);
   return py::reinterpret_steal<py::object>(made);
@@ -36,6 +43,7 @@ class SequenceLoops {
   SequenceLoops(const py::object& sequence, const py::object& request, const py::object& row, const py::object& token,
                 py::object running)
       : sequence_(sequence),
+        request_type_(request),
         row_(row),
         token_(token),
         running_(std::move(running)),
@@ -96,6 +104,7 @@ class SequenceLoops {
         } else if (served[tenant]++ == 0) {
           tenants.push_back(tenant);
         }
+        charged_.set(sequence, new_reference(length_.get(sequence)));
       }
       scheduled_.set(sequence, new_reference(length_.get(sequence)));
       in_flight_.set(sequence, in_flight_.number(sequence) + 1);
@@ -136,7 +145,7 @@ class SequenceLoops {
     const py::tuple nothing;
     for (const py::handle index : accepted) {
       const auto i = index.cast<Py_ssize_t>();
-      PyObject* request = request_.get(sequence_of(item(rows, i)));
+      PyObject* request = request_of(sequence_of(item(rows, i)));
       if (logprobs_top_n_.get(request) != Py_None) {
         news.append(py::none());
         continue;
@@ -218,12 +227,20 @@ class SequenceLoops {
     if (status_.get(sequence) != running_.ptr() || PyTuple_GET_ITEM(row, kSamples) != Py_True) return false;
     if (as_number(PyTuple_GET_ITEM(row, kEnd)) >= milestone_.number(sequence)) return false;
     if (pending == 0 && length_.number(sequence) == limit_.number(sequence)) return false;
-    const int stops = PySet_Contains(stop_token_ids_.get(request_.get(sequence)), token);
+    const int stops = PySet_Contains(stop_token_ids_.get(request_of(sequence)), token);
     if (stops < 0) throw py::error_already_set();
     return stops == 0;
   }
 
-  py::object sequence_, row_, token_, running_;
+  PyObject* request_of(PyObject* sequence) const {
+    PyObject* request = request_.get(sequence);
+    if (Py_TYPE(request) != reinterpret_cast<PyTypeObject*>(request_type_.ptr())) {
+      throw py::type_error("the request of a Sequence is not a SequenceRequest");
+    }
+    return request;
+  }
+
+  py::object sequence_, request_type_, row_, token_, running_;
   Slot request_, tenant_, prompt_len_, limit_, length_, status_, output_, scheduled_, computed_, capacity_, milestone_,
       stop_token_ids_, pending_, in_flight_, source_, lane_, charged_, sequence_id_, logprobs_top_n_;
 };

@@ -169,4 +169,5 @@ class ContinuedStream:
             queue_timeout=None if self._ran or request.queue_timeout is None else request.queue_timeout - elapsed,
             time_limit=None if request.time_limit is None else request.time_limit - elapsed,
             deadline=None if request.deadline is None else request.deadline - elapsed,
+            resumes=self._ran,
         )

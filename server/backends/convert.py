@@ -50,6 +50,7 @@ def link_submit(request: TokenRequest, slots: Mapping[int, int]) -> pb.Submit:
         cache=pb.CachePolicy(
             bypass_read=not request.cache.read, bypass_write=not request.cache.write, salt=request.cache.salt
         ),
+        resumes=request.resumes,
     )
 
 

@@ -120,7 +120,9 @@ class Admission:
         if takes <= left:
             return None
         self._doubt(running, len(self._queue) - 1)
-        self._caution = min(MOST_CAUTION, MISTAKE * self._caution)
+        if not sequence.group.was_misjudged:
+            sequence.group.was_misjudged = True
+            self._caution = min(MOST_CAUTION, MISTAKE * self._caution)
         return unattainable(0, takes, left)
 
     def endangers(self, arrival: Seq, running: Iterable[Seq], count: int, now_us: int) -> bool:
@@ -137,7 +139,7 @@ class Admission:
 
     def _may_refuse(self, sequence: Seq) -> bool:
         """Not on what a few steps say, and nobody who has been told already that it runs."""
-        return self._step_time.is_known and not sequence.group.started and not sequence.request.output_ids
+        return self._step_time.is_known and not sequence.group.started and not sequence.request.resumes
 
     def _doubt(self, running: int, waiting: int) -> None:
         """Nobody who is refused by an idle engine shows that its estimate is wrong: so it is trusted less each time."""

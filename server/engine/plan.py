@@ -66,7 +66,7 @@ class Plan:
         self.attention += count * (start + end + 1) // 2
         sequence.scheduled = end
         sequence.in_flight += 1
-        charge(sequence, max(start, sequence.charged), end)
+        charge(sequence, start, end)
         if samples:
             sequence.source = (self.step, len(self.rows) - 1)
             sequence.pending += 1
@@ -85,6 +85,10 @@ class Plan:
 
 
 def charge(sequence: Sequence, start: int, end: int) -> None:
-    """`charged` is as far as it came before it gave way, or a step was lost: that costs nothing again."""
+    """Tokens [start, end) are computed; again, after it gave way or a step was lost, they cost nothing."""
+    start = max(start, sequence.charged)
+    if start >= end:
+        return
     prompt = max(0, min(end, sequence.prompt_len) - start)
-    sequence.tenant.charge(prompt, max(0, end - start) - prompt)
+    sequence.tenant.charge(prompt, end - start - prompt)
+    sequence.charged = end

@@ -9,6 +9,7 @@ In which order sequences are served stands in `queue`, who gives way in `preempt
 much a step holds in `budget`, what is not computed twice in `sharing`.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from millrace.server.engine import loops
@@ -158,9 +159,8 @@ class Scheduler:
         """Undo rows that will never come back; the latest step first. Their tokens are planned again."""
         rows = list(rows)
         self._arrive(step, len(rows))
-        for sequence, start, end, samples, _ in rows:
+        for sequence, start, _, samples, _ in rows:
             sequence.in_flight -= 1
-            sequence.charged = max(sequence.charged, end)
             self._running.landed(sequence)
             if samples:
                 sequence.pending -= 1
@@ -179,21 +179,19 @@ class Scheduler:
         self._queue.check()
         for sequence in running + waiting:
             sequence.check()
-        tenants = {s.tenant for s in self._live.values()}
+        live = Counter(s.tenant for s in self._live.values())
+        queued, runs = Counter(s.tenant for s in waiting), Counter(s.tenant for s in running)
+        blocks = Counter[Tenant]()
+        for sequence in running:
+            blocks[sequence.tenant] += len(sequence.blocks)
         facts = {
             "the live are running or waiting": {id(s) for s in running + waiting} == set(map(id, self._live.values())),
             "the waiting hold no lane": all(s.lane == -1 and s.status is Status.WAITING for s in waiting),
             "tenants are counted": all(
-                (t.live, t.queued, t.running, t.blocks)
-                == (
-                    sum(s.tenant is t for s in self._live.values()),
-                    sum(s.tenant is t for s in waiting),
-                    sum(s.tenant is t for s in running),
-                    sum(len(s.blocks) for s in running if s.tenant is t),
-                )
-                for t in tenants
+                (t.live, t.queued, t.running, t.blocks) == (count, queued[t], runs[t], blocks[t])
+                for t, count in live.items()
             ),
-            "the active are those with live sequences": self.tenants.active == len(tenants),
+            "the active are those with live sequences": self.tenants.active == len(live),
             "deadlines are those of the live": all(s.request.sequence_id in self._live for s in self._deadlines),
         }
         if wrong := [fact for fact, holds in facts.items() if not holds]:
@@ -361,7 +359,6 @@ class Scheduler:
         plan.drop(sequence)
         self._stop(sequence)
         sequence.status = Status.WAITING
-        sequence.charged = max(sequence.charged, sequence.scheduled)
         sequence.scheduled = sequence.computed = 0
         sequence.preemptions += 1
         self.preemptions += 1

@@ -37,6 +37,7 @@ class SequenceRequest:
     cache: CachePolicy = field(default_factory=CachePolicy)
     watched: bool = False  # its text may end it at any token
     output_ids: abc.Sequence[int] = ()  # that it has already: it goes on after them
+    resumes: bool = False  # it ran before, on a worker that died
 
 
 class SequenceToken(NamedTuple):
@@ -79,6 +80,7 @@ class Group:
         self.members: list[Sequence] = []
         self.held: list[Sequence] = []  # until another one has computed the prompt
         self.started = False  # one of them ran
+        self.was_misjudged = False  # it may wait, so it was said, and came too late
 
 
 @dataclass(slots=True, eq=False)
@@ -114,7 +116,7 @@ class Sequence:
     queue_us: int | None = None  # None: never served
     announced: bool = False  # that it runs
     preemptions: int = 0
-    charged: int = 0  # its first tokens that were computed before, and cost nothing again
+    charged: int = 0  # how far it was ever computed: before that, nothing costs anything again
     expected_output: int = 0  # tokens that the queue reckons with
     cached_prompt_tokens: int = 0  # found when it was first served
     chain: Chain | None = None  # None: its blocks are not shared

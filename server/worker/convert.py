@@ -74,6 +74,7 @@ def sequence_requests(submit: pb.Submit, sequence_ids: Iterable[int]) -> list[Se
             sampling=sampling,
             choice=choice.index,
             output_ids=token_ids("output_ids_le32", choice.output_ids_le32),
+            resumes=submit.resumes,
             max_output_tokens=submit.max_output_tokens,
             min_output_tokens=submit.min_output_tokens,
             stop_token_ids=frozenset(submit.stop_token_ids),

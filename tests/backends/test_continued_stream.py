@@ -68,6 +68,7 @@ async def test_it_goes_on_with_what_it_has() -> None:
     again = link.requests[1]
     assert again.outputs == {0: (5, 7)}, "what waited in the mailbox was delivered"
     assert again.queue_timeout is None
+    assert again.resumes
     assert again.deadline is not None
     assert 59 < again.deadline < 59.96
     link.streams[1].admit()

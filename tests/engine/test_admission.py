@@ -112,8 +112,10 @@ def test_a_time_limit_is_an_end_that_is_in_time():
 
 def test_what_goes_on_from_another_worker_is_not_refused():
     scheduler = make_scheduler()
-    request = make_request(1, [1], output_ids=[2, 3], max_output_tokens=1000, deadline_us=SECOND)
-    scheduler.submit(request, now_us=0)
+    asked = {"output_ids": [2, 3], "max_output_tokens": 1000, "deadline_us": SECOND}
+    with pytest.raises(DeadlineUnattainable):
+        scheduler.submit(make_request(1, [1], **asked), now_us=0)
+    scheduler.submit(make_request(1, [1], resumes=True, **asked), now_us=0)
     assert scheduler.plan(0).rows
 
 

@@ -76,6 +76,7 @@ def plan_decodes(step, decoding):
         attention += s.length
         if s.length > s.charged:
             (served if s.length > s.prompt_len else unpaid).append(s.tenant)
+            s.charged = s.length
         s.scheduled = s.length
         s.in_flight, s.pending, s.length = s.in_flight + 1, s.pending + 1, s.length + 1
     return rows, attention, unpaid, list(Counter(served).items())
@@ -174,12 +175,15 @@ def test_nothing_leaks() -> None:
 
 def test_what_is_no_sequence_is_refused() -> None:
     row = Row(any_sequence(random.Random(1), 1, [Tenant("t", 1)]), 0, 1, True, None)
+    stranger = any_sequence(random.Random(1), 1, [Tenant("t", 1)])
+    stranger.request = object()
     for call in (
         lambda: loops.sort_running([object()]),
         lambda: loops.plan_decodes(1, [None]),
         lambda: loops.commit_plain([tuple(row)], [1]),
         lambda: loops.columns([row._replace(sequence=object())]),
         lambda: loops.commit_plain([row._replace(end="x")], [1]),
+        lambda: loops.tokens_of([row._replace(sequence=stranger)], [0], [1]),
     ):
         with pytest.raises(TypeError):
             call()
