@@ -2,14 +2,16 @@
 
 A whole server. First what it serves of as many callers as it runs at once; then requests at random times, 1, 3 and 10
 times as many, each with a deadline. Goodput: answers that were whole in time. First come first served: the same server,
-which is not told the deadlines; its callers give up at theirs.
+which is not told the deadlines; its callers give up at theirs. Answers are as long as their limits say, so that the
+server knows what each will take.
 """
 
 import argparse
 import asyncio
+import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -35,12 +37,23 @@ REFUSALS = (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.DEADLINE_EXCEEDE
 
 
 @dataclass(frozen=True)
+class Request:
+    """`at`: seconds from the beginning. `patience`: its deadline, in times of an answer of a server that is just full."""
+
+    at: float
+    patience: float
+    prompt: int
+    output: int
+
+
+@dataclass(frozen=True)
 class Answer:
-    """`seconds` until it ended; a refusal is told before anything ran."""
+    """`seconds` until it ended; a refusal is told before anything ran. `counts`: it ended while requests still came."""
 
     seconds: float
     in_time: bool
     refused: bool = False
+    counts: bool = True
 
 
 @dataclass(frozen=True)
@@ -52,7 +65,7 @@ class Outcome:
 
     @property
     def goodput(self) -> float:
-        return sum(answer.in_time for answer in self.answers) / self.seconds
+        return sum(answer.in_time and answer.counts for answer in self.answers) / self.seconds
 
     @property
     def refusals(self) -> list[float]:
@@ -60,31 +73,38 @@ class Outcome:
 
     @property
     def p99(self) -> float:
-        """Seconds, of the refusals; 0 where there are none."""
+        """Seconds, of the refusals by nearest rank; 0 where there are none."""
         refusals = self.refusals
-        return refusals[int(0.99 * len(refusals))] if refusals else 0.0
+        return refusals[math.ceil(0.99 * len(refusals)) - 1] if refusals else 0.0
+
+
+def poisson(rate: float, seconds: float, seed: int) -> Iterator[Request]:
+    """The same requests for the same seed, whatever becomes of them."""
+    r, at = random.Random(seed), 0.0
+    while (at := at + r.expovariate(rate)) < seconds:
+        yield Request(at, r.uniform(*PATIENCE), r.randint(*PROMPT), r.randint(*OUTPUT))
 
 
 class Callers:
-    """Sends requests that are never twice the same, and retries none."""
+    """Sends requests whose prompts are never twice the same, and retries none."""
 
-    def __init__(self, address: str, seed: int):
+    def __init__(self, address: str):
         self._channel = grpc.aio.insecure_channel(address, (("grpc.enable_retries", 0),))
         self._generate = GenerationServiceStub(self._channel).StreamGenerate
-        self._draw = random.Random(seed)
+        self._draw = random.Random(0)
 
-    async def ask(self, deadline: float | None = None, *, tell: bool = True) -> Answer:
-        """One request; None: it is waited for. Without `tell` the caller alone knows the deadline."""
-        request = pb.GenerateRequest(
+    async def ask(self, request: Request, end: float, deadline: float | None = None, *, tell: bool = True) -> Answer:
+        """What becomes of a request; None: it is waited for. Without `tell` the caller alone knows the deadline."""
+        message = pb.GenerateRequest(
             model="bench",
-            token_ids=pb.TokenIds(ids=self._draw.choices(range(FIRST_ID, LAST_ID), k=self._draw.randint(*PROMPT))),
+            token_ids=pb.TokenIds(ids=self._draw.choices(range(FIRST_ID, LAST_ID), k=request.prompt)),
             sampling=pb.SamplingParams(temperature=0),
-            stopping=pb.StoppingCriteria(max_output_tokens=self._draw.randint(*OUTPUT), ignore_eos=True),
+            stopping=pb.StoppingCriteria(max_output_tokens=request.output, ignore_eos=True),
         )
         start, has_begun = time.perf_counter(), False
         try:
             async with asyncio.timeout(None if tell else deadline):
-                call = self._generate(request, timeout=deadline if tell else None)
+                call = self._generate(message, timeout=deadline if tell else None)
                 async for _ in call:
                     has_begun = True
         except TimeoutError:
@@ -95,27 +115,27 @@ class Callers:
             seconds = time.perf_counter() - start
             is_over = deadline is not None and seconds >= deadline
             return Answer(seconds, False, refused=not has_begun and not is_over)
-        return Answer(time.perf_counter() - start, True)
+        now = time.perf_counter()
+        return Answer(now - start, True, counts=now <= end)
 
-    async def as_many_as_run(self, seconds: float) -> tuple[float, float]:
+    async def as_many_as_run(self, seconds: float, seed: int) -> tuple[float, float]:
         """Answers a second, and the seconds of one, when there is always another request."""
-        end, answers = time.perf_counter() + seconds, []
+        requests, answers = poisson(1000, 3600, seed), []
+        end = time.perf_counter() + seconds
 
         async def caller() -> None:
             while time.perf_counter() < end:
-                answers.append(await self.ask())
+                answers.append(await self.ask(next(requests), end))
 
-        start = time.perf_counter()
         await asyncio.gather(*(caller() for _ in range(LANES)))
-        return len(answers) / (time.perf_counter() - start), mean(answer.seconds for answer in answers)
+        return sum(answer.counts for answer in answers) / seconds, mean(answer.seconds for answer in answers)
 
-    async def at_random(self, load: float, rate: float, patience: float, seconds: float, *, tell: bool) -> Outcome:
-        """Requests of a Poisson process for so long, and what became of each. `patience`: the least deadline."""
-        asked, end = [], time.perf_counter() + seconds
-        while time.perf_counter() < end:
-            deadline = patience * self._draw.uniform(*PATIENCE) / PATIENCE[0]
-            asked.append(asyncio.create_task(self.ask(deadline, tell=tell)))
-            await asyncio.sleep(self._draw.expovariate(load * rate))
+    async def at_random(self, load: float, rate: float, one: float, seconds: float, *, tell: bool) -> Outcome:
+        """Requests of a Poisson process for so long, and what became of each."""
+        asked, start = [], time.perf_counter()
+        for request in poisson(load * rate, seconds, 1):
+            await asyncio.sleep(start + request.at - time.perf_counter())
+            asked.append(asyncio.create_task(self.ask(request, start + seconds, one * request.patience, tell=tell)))
         return Outcome(load, tell, seconds, await asyncio.gather(*asked))
 
     async def close(self) -> None:
@@ -123,10 +143,10 @@ class Callers:
 
 
 async def measure(address: str, seconds: float) -> tuple[float, float, list[Outcome]]:
-    callers = Callers(address, 1)
+    callers = Callers(address)
     try:
-        await callers.as_many_as_run(seconds / 4)  # the server learns what its steps take
-        rate, one = await callers.as_many_as_run(seconds)
+        await callers.as_many_as_run(seconds / 4, 2)  # the server learns what its steps take
+        rate, one = await callers.as_many_as_run(seconds, 3)
         outcomes = [await callers.at_random(3, rate, one, seconds, tell=False)]
         outcomes += [await callers.at_random(load, rate, one, seconds, tell=True) for load in LOADS]
         return rate, one, outcomes

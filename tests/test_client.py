@@ -75,7 +75,7 @@ async def test_an_answer_goes_on_where_it_was_lost(served: Served) -> None:
         for event in client.stream("A queue", **options):
             whole.add(event)
         while not received.is_complete:
-            with closing(client.stream("A queue", **{**options, **received.options})) as events:
+            with closing(client.stream("A queue", **received.options(**options))) as events:
                 for event in itertools.islice(events, 4):
                     received.add(event)
         return [whole, received]
@@ -84,6 +84,21 @@ async def test_an_answer_goes_on_where_it_was_lost(served: Served) -> None:
     assert received.choices == whole.choices
     assert received.choices[0].text == 3 * ANSWER
     assert len(served.backend.requests) > 3
+
+
+async def test_an_answer_without_token_ids_begins_anew(served: Served) -> None:
+    def ask(client: Client) -> Received:
+        received = Received()
+        options: Options = {"max_output_tokens": len(IDS), "request_id": "job-1"}
+        for count in (4, 1000):
+            with closing(client.stream("A queue", **received.options(**options))) as events:
+                for event in itertools.islice(events, count):
+                    received.add(event)
+        return received
+
+    received = await in_thread(served, ask)
+    assert received.is_complete
+    assert (received.choices[0].text, received.output_tokens) == (ANSWER, len(IDS))
 
 
 async def test_closing_a_stream_cancels_the_request(served: Served) -> None:

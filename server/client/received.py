@@ -1,6 +1,7 @@
 """Streamed answers that survive a lost connection, server or worker."""
 
 from dataclasses import dataclass, field
+from typing import Unpack
 
 from millrace.server.client.requests import Options
 from millrace.v1 import generation_pb2 as pb
@@ -16,20 +17,23 @@ class ReceivedText:
 
 
 class Received:
-    """What has come of an answer, over as many streams as it takes: `options` ask for what has not come yet.
+    """What has come of an answer, over as many streams as it takes.
 
         received = Received()
         while not received.is_complete:
             try:
-                for event in client.stream(prompt, token_ids=True, **received.options):
+                for event in client.stream(prompt, **received.options(token_ids=True, temperature=0.8)):
                     received.add(event)
             except (Unavailable, Aborted):
                 ...  # wait, take another server of equal model revision, give up
 
-    Without `token_ids` it begins anew, and what came before comes again.
+    Only an answer with `token_ids` goes on. Another one begins anew, and what was received of it is forgotten.
     """
 
     def __init__(self) -> None:
+        self._forget()
+
+    def _forget(self) -> None:
         self.started: pb.Started | None = None
         self.choices: dict[int, ReceivedText] = {}
         self.citations: dict[tuple[int, int, int], pb.Citation] = {}  # by choice, source, place in the text
@@ -51,11 +55,14 @@ class Received:
                 self.output_tokens += event.completed.usage.output_tokens
                 self.is_complete = True
 
-    @property
-    def options(self) -> Options:
-        """None at the beginning; then the seed, and where to go on."""
-        if self.started is None:
-            return {}
+    def options(self, **given: Unpack[Options]) -> Options:
+        """Those of the request, `given`, for the next stream: with the seed of the first one, and where to go on.
+
+        A request_id stands for one call, so it is left out of those that go on.
+        """
+        if self.started is None or not self._can_go_on:
+            self._forget()
+            return given
         choices = [
             pb.ReceivedChoice(
                 index=index,
@@ -65,11 +72,19 @@ class Received:
             )
             for index, one in self.choices.items()
         ]
-        started = self.started
-        place = pb.ContinueFrom(
-            model_revision=started.model_revision, prompt_digest=started.prompt_digest, choices=choices
+        options: Options = {**given}
+        options.pop("request_id", None)
+        options["seed"] = self.started.effective_sampling.seed
+        options["continue_from"] = pb.ContinueFrom(
+            model_revision=self.started.model_revision, prompt_digest=self.started.prompt_digest, choices=choices
         )
-        return {"seed": started.effective_sampling.seed, "continue_from": place}
+        return options
+
+    @property
+    def _can_go_on(self) -> bool:
+        """A model writes it, and its tokens came with its text."""
+        has_tokens = all(one.token_ids or not one.text for one in self.choices.values())
+        return has_tokens and self.started is not None and bool(self.started.prompt_digest)
 
     def _add_delta(self, delta: pb.ChoiceDelta) -> None:
         choice = self.choices.setdefault(delta.index, ReceivedText())

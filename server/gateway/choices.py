@@ -65,6 +65,9 @@ class Choice:
         self.finished_earlier = received.finished
         self.earlier = self.sent = len(received.token_ids)
         if received.finished:
+            if self._text:  # once more, for its citations alone
+                for emitted in (self._text.push(received.token_ids), self._text.finish()):
+                    self._released += len(emitted.text.encode())
             return []
         self._skipped_tokens, self._skipped_bytes = len(received.token_ids), received.text_bytes
         return self.push(TokenDelta(self.index, list(received.token_ids), finish=finish))

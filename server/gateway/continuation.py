@@ -61,8 +61,6 @@ def check_continuation(
                 f"choice {index} has {len(choice.token_ids)} tokens, more than the {tokens.max_output_tokens} that the "
                 "whole answer can have",
             )
-    if all(received.choices.get(index, NOTHING).finished for index in range(tokens.n)):
-        raise InvalidRequest.at("continue_from", "every choice is finished: nothing is left to go on with")
 
 
 def refuse_masked(request: GenerateRequest) -> None:

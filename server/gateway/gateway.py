@@ -3,6 +3,7 @@
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from functools import partial
 
 from millrace.retrieval.embedding import Embedded
 from millrace.server.backends.base import TokenStream
@@ -130,7 +131,8 @@ class Gateway:
             resumed: Sequence[Deltas | Citation] = ()
             if received := request.continue_from:
                 check_continuation(request, received, info, digest, tokens)
-                resumed = choices.resume(received.choices, tokens)
+                size = sum(len(choice.token_ids) for choice in received.choices.values())
+                resumed = await run_beside(self._encoders, size, partial(choices.resume, received.choices, tokens))
                 tokens = continued(tokens, received.choices, choices.running)
             async with aclosing(await interruptible(live, begin(card.backend, tokens))) as stream:
                 choices.stop = stream.stop

@@ -38,8 +38,8 @@ def requests(make_request, count: int) -> list[pb.GenerateRequest]:
 class Seen(Received):
     """All that a client sees, but for how it was cut into messages."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def _forget(self) -> None:
+        super()._forget()
         self.logprobs: dict[int, list[float]] = {}
         self.prompt_tokens = 0
 
@@ -106,11 +106,10 @@ def lose(server, request: pb.GenerateRequest, seen: Seen, events: int) -> None:
 def rest_of(request: pb.GenerateRequest, seen: Seen) -> pb.GenerateRequest:
     rest = pb.GenerateRequest()
     rest.CopyFrom(request)
-    for name, value in seen.options.items():
-        if name == "seed":
-            rest.sampling.seed = value
-        else:
-            rest.continue_from.CopyFrom(value)
+    options = seen.options()
+    if "continue_from" in options:
+        rest.sampling.seed = options["seed"]
+        rest.continue_from.CopyFrom(options["continue_from"])
     return rest
 
 

@@ -132,6 +132,24 @@ async def test_the_memory_of_answers_is_bounded(house, job, monkeypatch: pytest.
     assert not await is_told(20)
 
 
+async def test_a_long_answer_keeps_only_what_somebody_has_yet_to_read(house, job, monkeypatch) -> None:
+    monkeypatch.setattr(told, "BYTES_OF_ONE", 3000)
+    house.say("The mill turns slowly past the old stone bridge. " * 8)
+    wanted = await read(house, replace(job, request_id="", digest=b""))
+    fast, slow = await begin(house, job), await begin(house, job)
+    (answer,) = house.gateway._answers._made.values()
+    seen = [await anext(fast) for _ in range(40)]
+    assert len(answer.events) == 40, "the slow one has yet to read them"
+    with pytest.raises(RequestIdInUse, match="too long"):
+        await begin(house, job)
+    late = [event async for event in slow]
+    assert len(answer.events) < len(wanted) - 39
+    assert late[:-1] == [*seen, *[event async for event in fast]][:-1] == wanted[1:-1]
+    house.check_idle()
+    await read(house, job)
+    assert len(house.backend.requests) == 3, "it is not told again"
+
+
 async def test_another_request_under_the_same_id(house, job) -> None:
     other = replace(job, digest=b"2")
     first = await begin(house, job)
@@ -192,9 +210,17 @@ async def test_a_drain_ends_all_readers(house, job) -> None:
     await asyncio.sleep(0)
     await house.gateway.drain(0.01)
     ends = await asyncio.gather(*waiting, return_exceptions=True)
-    assert {type(end) for end in ends} <= {Drained, Draining}
+    assert [type(end) for end in ends] == [Drained, Drained], "each has seen Started"
     for events in readers:
         await events.aclose()
     house.check_idle()
     with pytest.raises(Draining):
         await begin(house, job)
+
+
+async def test_a_drain_ends_what_is_told_again(house, job) -> None:
+    await read(house, job)
+    events = await begin(house, job)
+    house.limits.abort(Draining("now"))
+    with pytest.raises(Drained):
+        await anext(events)
