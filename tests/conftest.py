@@ -11,6 +11,8 @@ import pytest
 # Before anything imports PyTorch: the shapes are tiny, and waiting threads must not spin.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Before anything imports Triton: its kernels run in numpy, unless somebody who has a GPU says otherwise.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 # A shell starts background jobs with Ctrl-C ignored, which children inherit: those that tests interrupt must not.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

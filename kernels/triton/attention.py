@@ -1,15 +1,15 @@
 """Attention over a paged KV cache: prompts and single tokens alike, the queries of a KV head packed into one tile.
 
 Online softmax after Dao 2023, arXiv:2307.08691; long contexts are split as in Flash-Decoding and merged by the
-logarithms of their sums. A split is a fixed span of positions: how many there are follows from a context's length, never
-from what runs beside it.
+logarithms of their sums. A split is a fixed span of positions, so that what a sequence yields depends on the span alone
+and on nothing that runs beside it.
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+import triton
+import triton.language as tl
 from millrace.kernels.triton.kv_cache import KVPages
 from millrace.kernels.triton.numbers import INTERPRETED
 
@@ -118,7 +118,9 @@ def attend_kernel(
     kept = live[:, None] & inside[None, :]
     if SPAN > 0:
         at += split.to(tl.int64) * tokens * heads
-        tl.store(sums + at, tl.where(total > 0.0, top + tl.log2(total), float("-inf")), live)
+        tl.store(
+            sums + at, tl.where(total > 0.0, top + tl.log2(tl.where(total > 0.0, total, 1.0)), float("-inf")), live
+        )
     tl.store(out + at[:, None] * dim + elements[None, :], mixed.to(out.dtype.element_ty), kept)
 
 

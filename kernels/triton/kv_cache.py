@@ -8,10 +8,10 @@ place of neighbours, of the first `rotary` elements of a head.
 from dataclasses import dataclass
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+import triton
+import triton.language as tl
 from millrace.kernels.triton.numbers import quantize_row
 
 
@@ -62,23 +62,18 @@ def rotate_and_write_kernel(
         is_value = head >= heads + kv_heads
         kv_head = head - heads - tl.where(is_value, kv_heads, 0)
         place = (slot // page * kv_heads + kv_head) * page + slot % page
-        if slot >= 0:
-            if QUANTIZES:
-                x, scale = quantize_row(x, keys.dtype.element_ty)
-                if is_value:
-                    tl.store(value_scales + place, scale)
-                else:
-                    tl.store(key_scales + place, scale)
-            x = x.to(keys.dtype.element_ty)
-            if is_value:
-                tl.store(values + place * dim + elements, x, inside)
-            else:
-                tl.store(keys + place * dim + elements, x, inside)
+        if QUANTIZES:
+            x, scale = quantize_row(x, keys.dtype.element_ty)
+            tl.store(key_scales + place, scale, (slot >= 0) & (not is_value))
+            tl.store(value_scales + place, scale, (slot >= 0) & is_value)
+        kept = x.to(keys.dtype.element_ty)
+        tl.store(keys + place * dim + elements, kept, inside & (slot >= 0) & (not is_value))
+        tl.store(values + place * dim + elements, kept, inside & (slot >= 0) & is_value)
 
 
 @dataclass(frozen=True, slots=True)
 class KVPages:
-    """The cache of one layer, [blocks, kv_heads, page, dim]; int8 and fp8 with scales float32 [blocks, kv_heads, page]."""
+    """Of a layer, [blocks, kv_heads, page, dim]; of int8 and fp8, with scales float32 [blocks, kv_heads, page]."""
 
     keys: Tensor
     values: Tensor

@@ -5,10 +5,10 @@ Tiles are visited in groups of rows, so that those that run together share what 
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+import triton
+import triton.language as tl
 from millrace.kernels.triton.configs import Config, config_of
 from millrace.kernels.triton.numbers import INTERPRETED
 

@@ -23,7 +23,7 @@ def quantize_row(x, dtype: tl.constexpr):
     """A row of float32 in the range of int8 or fp8, and the scale that gives it back: zeros have scale 0."""
     most: tl.constexpr = INT8_MAX if dtype == tl.int8 else FP8_MAX
     scale = tl.max(tl.abs(x), 0) / most
-    x = x * tl.where(scale > 0.0, 1.0 / scale, 0.0)
+    x = x / tl.where(scale > 0.0, scale, 1.0)
     if dtype == tl.int8:
         x = to_nearest(x)
     return x, scale

@@ -5,10 +5,10 @@ registers, so that a row is read once and written once; sums are float32.
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+import triton
+import triton.language as tl
 from millrace.kernels.triton.numbers import quantize_row
 
 

@@ -83,11 +83,8 @@ def test_prompts_and_single_tokens_in_one_batch(dim: int, heads: int, kv_heads: 
     assert close(case.run(), case.wanted())
 
 
-@pytest.mark.parametrize("window", [0, 1, 7, 20])
-@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("causal", "window"), [(False, 0), (True, 0), (True, 1), (True, 7), (True, 20)])
 def test_windows_and_both_directions(causal: bool, window: int) -> None:
-    if window and not causal:
-        pytest.skip("a window looks back")
     case = Case([(20, 50), (1, 3), (31, 31)], 4, 2, 64, seed=window)
     assert close(case.run(causal=causal, window=window), case.wanted(causal, window))
 

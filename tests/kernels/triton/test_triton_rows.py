@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from fp8 import trusted
 
 from millrace.kernels.reference import rows as reference
 from millrace.kernels.triton.rows import add_rms_norm, gate
@@ -56,7 +57,11 @@ def check_quantised(out: torch.Tensor, scales: torch.Tensor | None, wanted: np.n
     assert np.allclose(scales.numpy(), np.abs(wanted).max(1) / most, rtol=1e-4)
     back = out.double().numpy() * scales.double().numpy()[:, None]
     step = np.abs(wanted).max(1, keepdims=True) / 127 / 2 if out.dtype == torch.int8 else np.abs(wanted) / 16
-    assert (np.abs(back - wanted) <= 1.01 * step + np.abs(wanted).max(1, keepdims=True) / 448 / 512).all()
+    right = np.abs(back - wanted) <= 1.01 * step + 1e-6
+    if out.dtype == torch.float8_e4m3fn:
+        exact = torch.from_numpy(wanted) / torch.where(scales > 0, scales, 1.0)[:, None]
+        right |= ~trusted(exact).numpy()
+    assert right.all()
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
