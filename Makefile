@@ -114,8 +114,11 @@ native-test: install ## the C++ tests under the address and undefined-behaviour 
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" ctest --test-dir build/native --output-on-failure
 
 .PHONY: soak
-soak: install ## a hundred thousand simulations of the scheduler, and the thread pool under the thread sanitizer
+soak: install ## what takes hours: simulations, kills, cancelled requests, every GPU kernel, the thread sanitizer
 	$(PY) tests/simulation/soak.py
+	TEST_REQUESTS=100000 $(PY) -m pytest tests/e2e/test_cancelled.py
+	TEST_STREAMS=200 TEST_KILLS=20 $(PY) -m pytest tests/e2e/test_resume.py -k killed
+	TRITON_INTERPRET=0 $(PY) tests/triton_compile.py --all
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake -S . -B build/tsan -G Ninja -DMILLRACE_PYTHON=OFF -DMILLRACE_TESTS=ON \
 	  -DMILLRACE_SANITIZE=thread
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake --build build/tsan --target test_pool

@@ -38,7 +38,7 @@ REFUSALS = (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.DEADLINE_EXCEEDE
 
 @dataclass(frozen=True)
 class Request:
-    """`at`: seconds from the beginning. `patience`: its deadline, in times of an answer of a server that is just full."""
+    """`at`: seconds from the beginning. `patience`: its deadline, in times of an answer when all lanes are taken."""
 
     at: float
     patience: float
