@@ -4,15 +4,18 @@ They read and write the fields of `Sequence` in place, in some tens of nanosecon
 said in Python in tests/engine/test_loops.py. TypeError where something is not a Sequence or a Row.
 """
 
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 from millrace.kernels import _C
 from millrace.server.engine.row import Row
 from millrace.server.engine.sequence import Sequence, SequenceRequest, SequenceToken, Status
 from millrace.server.engine.tenants import Tenant
 
-Int32 = NDArray[np.int32]
+if TYPE_CHECKING:  # the scheduler runs without NumPy
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Int32 = NDArray[np.int32]
 
 _LOOPS = _C.SequenceLoops(Sequence, SequenceRequest, Row, SequenceToken, Status.RUNNING)
 
@@ -48,13 +51,13 @@ def tokens_of(rows: list[Row], accepted: list[int], tokens: list[int]) -> list[S
     return _LOOPS.tokens_of(rows, accepted, tokens)
 
 
-def running_tokens(rows: list[Row], accepted: list[int], tokens: list[int]) -> tuple[Int32, Int32]:
+def running_tokens(rows: list[Row], accepted: list[int], tokens: list[int]) -> "tuple[Int32, Int32]":
     """Lanes and tokens of the accepted rows whose sequences still run."""
     return _LOOPS.running_tokens(rows, accepted, tokens)
 
 
 def columns(
     rows: list[Row],
-) -> tuple[Int32, Int32, Int32, NDArray[np.bool_], list[tuple[int, tuple[int, int]]]]:
+) -> "tuple[Int32, Int32, Int32, NDArray[np.bool_], list[tuple[int, tuple[int, int]]]]":
     """Lanes, starts, ends and which of them sample; (row, source) of those that wait for a token."""
     return _LOOPS.columns(rows)
